@@ -1,0 +1,175 @@
+"""Assembly: from a configuration and a layout to opened tiers, a planner and a transfer engine."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from tierkv.config import Config
+from tierkv.core.errors import ConfigError
+from tierkv.core.geometry import Layout, PagePlan
+from tierkv.core.keys import KeyChain
+from tierkv.core.tier import RecoveredPage, TierId
+from tierkv.core.units import format_bytes
+from tierkv.plan.spec import NamespaceSpec, PlanSpec, TierPlan
+from tierkv.tiers import numa
+from tierkv.tiers.device import DeviceTier
+from tierkv.tiers.files import choose_engine
+from tierkv.tiers.host import HostTier
+from tierkv.tiers.segments import SegmentTier
+from tierkv.transfer.engine import TransferEngine
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a store is made of, opened."""
+
+    spec: PlanSpec
+    chains: dict[str, KeyChain]
+    host: HostTier
+    device: DeviceTier | None
+    cold: SegmentTier | None
+    engine: TransferEngine
+    recovered: list[RecoveredPage]
+
+
+def assemble(config: Config, layout: Layout) -> Parts:
+    """Open every tier that is switched on; what was opened is closed again if a later one fails."""
+    plan = layout.pages
+    chains = {
+        name: KeyChain(
+            layout.fingerprint, salt=space.salt.encode(), block_tokens=config.block_tokens
+        )
+        for name, space in config.namespaces.items()
+    }
+    spec = plan_spec(config, plan, chains)
+    with ExitStack() as undo:
+        host = _host(config, plan, spec.tiers[TierId.HOST].pages)
+        host.open()
+        undo.callback(host.close)
+        device = None
+        if TierId.DEVICE in spec.tiers:
+            device = DeviceTier(
+                plan,
+                frames=spec.tiers[TierId.DEVICE].pages,
+                device=config.tiers.device.device,
+            )
+            device.open()
+            undo.callback(device.close)
+        cold, recovered = None, []
+        if TierId.COLD in spec.tiers:
+            cold = _cold(config, layout, spec.tiers[TierId.COLD].pages)
+            recovered = cold.open()
+            undo.callback(cold.close)
+        engine = TransferEngine(
+            plan,
+            host,
+            device=device,
+            cold=cold,
+            threads=config.tiers.cold.threads,
+            inflight_bytes_max=config.transfer.inflight_max,
+            piece_bytes=config.tiers.cold.piece,
+        )
+        undo.pop_all()
+    return Parts(spec, chains, host, device, cold, engine, recovered)
+
+
+def plan_spec(config: Config, plan: PagePlan, chains: dict[str, KeyChain]) -> PlanSpec:
+    """The planner's view: capacities in pages. Raises ConfigError for a tier too small to work."""
+    tiers = config.tiers
+    cold_pages = plan.warm_pages_in(tiers.cold.capacity)
+    host_pages = plan.warm_pages_in(tiers.host.capacity)
+    least = 2 if tiers.cold.capacity else 1
+    if host_pages < least:
+        raise ConfigError(
+            f"tiers.host.capacity: {format_bytes(tiers.host.capacity)} holds {host_pages} warm "
+            f"pages of {format_bytes(plan.warm_page_bytes)}; at least {least} are needed"
+        )
+    if tiers.cold.capacity and not cold_pages:
+        raise ConfigError(
+            f"tiers.cold.capacity: {format_bytes(tiers.cold.capacity)} is less than one warm page "
+            f"of {format_bytes(plan.warm_page_bytes)}; raise it, or 0 turns the tier off"
+        )
+    plans = {TierId.HOST: TierPlan(host_pages, plan.warm_page_blocks, tiers.host.policy)}
+    if tiers.device.capacity:
+        frames = plan.hot_blocks_in(tiers.device.capacity)
+        if not frames:
+            raise ConfigError(
+                f"tiers.device.capacity: {format_bytes(tiers.device.capacity)} is less than one "
+                f"block of {format_bytes(plan.block_bytes)}; raise it, or 0 turns the tier off"
+            )
+        plans = {TierId.DEVICE: TierPlan(frames, 1, tiers.device.policy), **plans}
+    if cold_pages:
+        plans[TierId.COLD] = TierPlan(cold_pages, plan.warm_page_blocks, tiers.cold.policy)
+    spaces = [
+        NamespaceSpec(
+            name,
+            chains[name].root,
+            _quotas(space.host_quota, space.cold_quota, config, plan),
+            None if space.ttl_s is None else int(space.ttl_s * 1e9),
+        )
+        for name, space in config.namespaces.items()
+    ]
+    return PlanSpec(plans, spaces, config.block_tokens, plan.block_bytes)
+
+
+def _quotas(host: int, cold: int, config: Config, plan: PagePlan) -> dict[TierId, int]:
+    """Quotas in pages, only where they bound something."""
+    quotas: dict[TierId, int] = {}
+    if host < config.tiers.host.capacity:
+        quotas[TierId.HOST] = plan.warm_pages_in(host)
+    if cold < config.tiers.cold.capacity:
+        quotas[TierId.COLD] = plan.warm_pages_in(cold)
+    return quotas
+
+
+def _host(config: Config, plan: PagePlan, pages: int) -> HostTier:
+    settings = config.tiers.host
+    node = settings.numa if isinstance(settings.numa, int) else None
+    if settings.numa == "auto" and len(numa.nodes()) > 1:
+        node = _gpu_node()
+    return HostTier(
+        plan,
+        pages=pages,
+        node=node,
+        hugepages=settings.hugepages == "advise",
+        threads=settings.prefault_threads,
+        cuda=settings.register_cuda == "auto" and _has_cuda(),
+    )
+
+
+def _cold(config: Config, layout: Layout, pages: int) -> SegmentTier:
+    # A directory per layout: two layouts never share a file, and one is deleted without the other.
+    root = config.tiers.cold.directory / layout.fingerprint.hex()[:16]
+    files = choose_engine(root, config.tiers.cold.engine)
+    return SegmentTier(
+        files,
+        layout.pages,
+        layout.fingerprint,
+        pages_max=pages,
+        segment_cold_pages=config.tiers.cold.segment_cold_pages,
+        inflight_max_bytes=config.transfer.inflight_max,
+    )
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
+
+
+def _gpu_node() -> int | None:
+    """The node of the current GPU, where there is one and its bus address tells."""
+    if not _has_cuda():
+        return None
+    import torch
+
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    domain, bus, device = (
+        getattr(card, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")
+    )
+    if bus is None or device is None:
+        return None
+    return numa.node_of_pci(f"{domain or 0:04x}:{bus:02x}:{device:02x}.0")

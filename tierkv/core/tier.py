@@ -1,0 +1,55 @@
+"""The words that planner, tiers and transfers share: which tier, and what a page holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class TierId(IntEnum):
+    """The tiers, fastest first. The number indexes the planner's tables."""
+
+    DEVICE = 0
+    HOST = 1
+    COLD = 2
+
+    @property
+    def label(self) -> str:
+        """The name used in configuration, counters and reports."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLabel:
+    """Which block lies at one position of a page, as written into a cold page's header."""
+
+    position: int
+    key: bytes
+    parent: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PageLabel:
+    """What a warm page holds: the tenant and its blocks, in position order."""
+
+    namespace: str
+    blocks: tuple[BlockLabel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveredPage:
+    """A warm page found again in the cold tier when it was opened."""
+
+    page: int
+    generation: int
+    label: PageLabel
+
+
+class Span(NamedTuple):
+    """`count` consecutive places of one page; they hold blocks `index ..` of the request."""
+
+    index: int
+    page: int
+    offset: int
+    count: int

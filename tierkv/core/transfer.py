@@ -1,0 +1,40 @@
+"""A transfer: the one instruction that planner and transfer engine share."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import msgspec
+
+from tierkv.core.tier import PageLabel, TierId
+
+
+class Urgency(IntEnum):
+    """Who waits for a transfer. Lower goes first."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    DEMOTE = 2
+
+
+class Instruction(msgspec.Struct, frozen=True, tag=True):
+    """Something to be done."""
+
+
+class Move(msgspec.Struct, frozen=True):
+    """One page (host ↔ cold) or one block (device ↔ host: places) of a transfer."""
+
+    source: int
+    target: int
+    label: PageLabel | None = None  # what the page holds, where the target is the cold tier
+    unused: tuple[int, ...] = ()  # offsets to zero before they reach a disk
+
+
+class Transfer(Instruction, frozen=True):
+    """Copy pages or blocks between two tiers, then say `TransferDone`."""
+
+    id: int
+    source: TierId
+    target: TierId
+    moves: list[Move]
+    urgency: Urgency

@@ -1,0 +1,1 @@
+"""Kernels: work on pages of bytes. torch reference first; faster bodies stand beside it."""

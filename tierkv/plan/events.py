@@ -1,0 +1,182 @@
+"""The planner's vocabulary: events go in, instructions come out.
+
+All are plain values that msgspec can write, so that a log of events replays to the same
+instructions. Times are monotonic nanoseconds and come with the event, never from a clock.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TypeAlias
+
+import msgspec
+
+from tierkv.core.tier import RecoveredPage, Span, TierId
+from tierkv.core.transfer import Instruction, Transfer, Urgency
+
+
+class HintKind(StrEnum):
+    """What an engine knows about the future of a prefix."""
+
+    PIN = "pin"  # keep every resident copy until UNPIN
+    UNPIN = "unpin"
+    PREFETCH = "prefetch"  # bring it to host memory now
+    EXPECT = "expect"  # it returns at `at_ns`: prefetch in time (session pause, tool call)
+    DEMOTE = "demote"  # it pauses: only the cold copy is worth keeping
+    FORGET = "forget"  # it will not return
+    TTL = "ttl"  # drop it at `at_ns`
+
+
+class Event(msgspec.Struct, frozen=True, tag=True):
+    """Something that happened."""
+
+
+class Put(Event, frozen=True):
+    """Blocks `first ..` of a chain are offered; the caller holds their bytes."""
+
+    keys: list[bytes]
+    first: int
+    namespace: str
+
+
+class Filled(Event, frozen=True):
+    """The caller has written what a `Fill` asked for, or failed to."""
+
+    ticket: int
+    ok: bool
+
+
+class Acquire(Event, frozen=True):
+    """Blocks `first .. first + count` of a known chain are wanted in memory, pinned."""
+
+    keys: list[bytes]
+    first: int
+    count: int
+    namespace: str
+
+
+class Release(Event, frozen=True):
+    """A reader is done with its lease."""
+
+    lease: int
+
+
+class Admit(Event, frozen=True):
+    """The reader of a lease offers its blocks, whose bytes it holds, to the device tier."""
+
+    lease: int
+
+
+class TransferDone(Event, frozen=True):
+    """A transfer ended; `ok` tells for each of its moves whether the bytes arrived.
+
+    Bytes that did not arrive from a cold page are lost, unless the transfer was cancelled.
+    """
+
+    transfer: int
+    ok: list[bool]
+    cancelled: bool = False
+
+
+class Touch(Event, frozen=True):
+    """A chain was used as a whole, after it was acquired in parts."""
+
+    keys: list[bytes]
+
+
+class Hint(Event, frozen=True):
+    """An engine's word about a prefix; hints come before any prediction."""
+
+    kind: HintKind
+    keys: list[bytes]
+    namespace: str = "default"
+    at_ns: int = 0
+
+
+class Flush(Event, frozen=True):
+    """Everything in memory shall reach the cold tier, partial pages too."""
+
+
+class Recovered(Event, frozen=True):
+    """What the cold tier found when it was opened."""
+
+    pages: list[RecoveredPage]
+
+
+class Distrust(Event, frozen=True):
+    """Cold pages whose durability was promised wrongly (a failed sync): forget them."""
+
+    pages: list[int]
+
+
+class Tick(Event, frozen=True):
+    """Time has passed."""
+
+
+class Fill(Instruction, frozen=True):
+    """Write these blocks of the `Put` (or `Admit`) into a memory tier, then say `Filled`.
+
+    `indices` are positions in the offered blocks; the i-th goes to the i-th place of `spans`.
+    """
+
+    ticket: int
+    tier: TierId
+    indices: list[int]
+    spans: list[Span]
+
+
+class Raise(Instruction, frozen=True):
+    """A transfer that is already under way is now waited for."""
+
+    transfer: int
+    urgency: Urgency
+
+
+class Cancel(Instruction, frozen=True):
+    """A queued transfer is not wanted any more; it still ends with `TransferDone`."""
+
+    transfer: int
+
+
+class Grant(Instruction, frozen=True):
+    """The answer to `Acquire`: the first `count` blocks are pinned or on their way.
+
+    Read them with `Planner.located` when the transfers in `waits` are done.
+    """
+
+    lease: int
+    count: int
+    waits: list[int]
+
+
+class Short(Instruction, frozen=True):
+    """No place for block `index` and later ones of a `Put`.
+
+    `waits` are transfers whose end may make room; empty if waiting is useless.
+    """
+
+    index: int
+    waits: list[int]
+
+
+class Erase(Instruction, frozen=True):
+    """Make cold pages unfindable by a later recovery."""
+
+    pages: list[int]
+
+
+AnyEvent: TypeAlias = (
+    Put
+    | Filled
+    | Acquire
+    | Release
+    | Admit
+    | TransferDone
+    | Touch
+    | Hint
+    | Flush
+    | Recovered
+    | Distrust
+    | Tick
+)
+AnyInstruction: TypeAlias = Fill | Transfer | Raise | Cancel | Grant | Short | Erase

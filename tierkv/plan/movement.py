@@ -1,0 +1,413 @@
+"""Movement: making room and moving pages between tiers, as decisions.
+
+Three moves exist. **Write-back** copies a host page to a fresh cold page (`drop` also empties the
+host page once it is safe). **Promotion** reads a cold page into a whole host page. **Copying**
+moves single blocks between device and host. Each pins both ends, so neither is evicted or reused
+under it; each ends with `finish`, which publishes what arrived and forgets what did not.
+
+A host page is *dirty* while it has a block that the cold tier lacks. Pages are written back when
+they are full, on `Flush`, and when they must go. A page that was written back partly filled and
+then filled further is written again as a whole; its earlier cold page is freed when the new one
+is complete. Single owner (the planner).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tierkv.core.stats import Stats
+from tierkv.core.tier import BlockLabel, PageLabel, Span, TierId
+from tierkv.core.transfer import Move, Transfer, Urgency
+from tierkv.plan.events import AnyInstruction, Cancel
+from tierkv.plan.policies import POLICIES
+from tierkv.plan.policies.base import EvictionPolicy
+from tierkv.plan.radix import ROOT, RadixIndex
+from tierkv.plan.residency import NO_PLACE, TierTable
+from tierkv.plan.spec import PlanSpec
+
+Out = list[AnyInstruction]
+
+
+@dataclass(slots=True)
+class Flight:
+    """A transfer under way: per move, the blocks that appear at the target when it lands."""
+
+    transfer: Transfer
+    urgency: Urgency
+    drop: bool
+    arriving: list[list[int]]
+    relocating: list[list[int]] = field(default_factory=list)
+
+
+class Movement:
+    """The tables, policies and flights of all tiers, and the moves between them."""
+
+    def __init__(self, spec: PlanSpec, index: RadixIndex, stats: Stats) -> None:
+        self.spec = spec
+        self.index = index
+        self.stats = stats
+        self.tables = {t: TierTable(p.pages, p.page_blocks) for t, p in spec.tiers.items()}
+        self.policies: dict[TierId, EvictionPolicy] = {
+            t: POLICIES.load(p.policy)() for t, p in spec.tiers.items()
+        }
+        self.flights: dict[int, Flight] = {}
+        self.dirty: set[int] = set()
+        self.held: set[int] = set()
+        self.loose: list[int] = []  # blocks that may be resident nowhere: see `prune`
+        self.prefetched: dict[int, int] = {}  # host page -> blocks brought by a prefetch
+        self._roots = {n.name: n.root for n in spec.namespaces}
+        self._quotas = {n.name: n.quota_pages for n in spec.namespaces}
+        self._next_transfer = 0
+
+    # ---- room
+
+    def room(self, tier: TierId, count: int, namespace: str, now_ns: int, out: Out) -> list[Span]:
+        """Take and pin up to `count` places, evicting colder pages where needed."""
+        table = self.tables[tier]
+        spans = self._take(table, tier, count, namespace)
+        taken = sum(span.count for span in spans)
+        if taken < count:
+            pages = -(-(count - taken) // table.page_blocks)
+            self._evict(tier, pages, namespace, now_ns, out)
+            more = self._take(table, tier, count - taken, namespace)
+            spans += [span._replace(index=span.index + taken) for span in more]
+        return spans
+
+    def whole_page(self, tier: TierId, namespace: str, now_ns: int, out: Out) -> int | None:
+        """Take one whole page, evicting one where needed; None if there is no way now."""
+        pool = self.tables[tier].pool
+        if not pool.free_pages or self._quota_left(tier, namespace) < 1:
+            self._evict(tier, 1, namespace, now_ns, out)
+        if self._quota_left(tier, namespace) < 1:
+            return None
+        return pool.take_page(namespace)
+
+    def _take(self, table: TierTable, tier: TierId, count: int, namespace: str) -> list[Span]:
+        spans = table.pool.take(count, namespace, self._quota_left(tier, namespace))
+        for span in spans:
+            table.pin(span.page)  # before anything else may evict it
+        return spans
+
+    def _quota_left(self, tier: TierId, namespace: str) -> int:
+        pool = self.tables[tier].pool
+        quota = self._quotas.get(namespace, {}).get(tier)
+        return pool.pages if quota is None else quota - pool.owned[namespace]
+
+    def _evict(self, tier: TierId, pages: int, namespace: str, now_ns: int, out: Out) -> None:
+        """Free up to `pages` pages; those that must be copied first are freed when they landed."""
+        table = self.tables[tier]
+        pool, pins = table.pool, table.pins
+        own_only = self._quota_left(tier, namespace) < 1  # then free pages are no help
+        wanted = pages if own_only else pages - pool.free_pages
+
+        def is_evictable(page: int) -> bool:
+            if pins[page] or pool.is_sealed(page) or (own_only and pool.owner[page] != namespace):
+                return False
+            return not self.held or self.held.isdisjoint(table.blocks_in(page))
+
+        for page in self.policies[tier].evict(max(0, wanted), is_evictable):
+            if not self._save(tier, page, now_ns, out):
+                self.stats.add("tierkv_evicted_pages_total", 1, tier.label)
+                self.drop(tier, table.blocks_in(page))
+
+    def _save(self, tier: TierId, page: int, now_ns: int, out: Out) -> bool:
+        """Copy a page down before it goes, if it holds the only copy of something."""
+        blocks = self.tables[tier].blocks_in(page)
+        below = [t for t in self.tables if t > tier]
+        if not below or all(any(self.tables[t].ready[b] >= 0 for t in below) for b in blocks):
+            return False
+        if tier is TierId.HOST:
+            return self.write_back([page], Urgency.DEMOTE, now_ns, out, drop=True)
+        if tier is TierId.DEVICE and TierId.HOST in self.tables:
+            return self.copy(blocks, tier, TierId.HOST, Urgency.DEMOTE, now_ns, out, drop=True)
+        return False
+
+    def drop(self, tier: TierId, blocks: Sequence[int]) -> None:
+        """Forget blocks in one tier; `prune` forgets those that are nowhere else."""
+        if not blocks:
+            return
+        table = self.tables[tier]
+        pages = {table.place[b] // table.page_blocks for b in blocks}
+        table.drop(blocks)
+        for page in pages:
+            if page not in table.pool.owner:
+                self.policies[tier].forget(page)
+                if tier is TierId.HOST:
+                    self.dirty.discard(page)
+                    self._count_prefetch(page, "wasted")
+        if tier is TierId.COLD and TierId.HOST in self.tables:
+            host = self.tables[TierId.HOST]
+            self.dirty.update(
+                host.place[b] // host.page_blocks for b in blocks if host.ready[b] >= 0
+            )
+        self.loose.extend(blocks)
+
+    def unpin(self, tier: TierId, page: int) -> None:
+        """Undo one pin; a page that was emptied meanwhile is free now."""
+        table = self.tables[tier]
+        table.unpin(page)
+        if page not in table.pool.owner:
+            self.policies[tier].forget(page)
+
+    def prune(self) -> None:
+        """Remove from the index what is resident nowhere, leaves first, gaps above included.
+
+        Once an event, at its end: until then a block that is about to be placed would look idle.
+        """
+        index, tables = self.index, list(self.tables.values())
+        for block in reversed(self.loose):
+            at = block
+            while (
+                at != ROOT
+                and index.is_known(at)
+                and index.is_leaf(at)
+                and all(table.place[at] == NO_PLACE for table in tables)
+            ):
+                self.held.discard(at)
+                at = index.remove(at)
+        self.loose.clear()
+
+    # ---- moves
+
+    def write_back(
+        self, pages: Iterable[int], urgency: Urgency, now_ns: int, out: Out, *, drop: bool = False
+    ) -> bool:
+        """Start copying host pages to cold pages; False if none could be started."""
+        host, cold = self.tables[TierId.HOST], self.tables.get(TierId.COLD)
+        if cold is None:
+            return False
+        moves: list[Move] = []
+        arriving: list[list[int]] = []
+        relocating: list[list[int]] = []
+        for page in pages:
+            blocks = host.blocks_in(page)
+            if host.pool.is_sealed(page) or any(host.ready[b] < 0 for b in blocks):
+                continue  # somebody writes into it; its `Filled` will ask again
+            namespace = host.pool.owner[page]
+            host.pool.seal(page)
+            host.pin(page)
+            target = self.whole_page(TierId.COLD, namespace, now_ns, out)
+            if target is None:
+                host.pool.unseal(page)
+                self.unpin(TierId.HOST, page)
+                break
+            cold.pin(target)
+            fresh = [b for b in blocks if cold.place[b] == NO_PLACE]
+            known = [b for b in blocks if cold.ready[b] >= 0]
+            size = host.page_blocks
+            offsets = {b: host.place[b] % size for b in fresh + known}
+            cold.fill(fresh, _single_spans(target, [offsets[b] for b in fresh]))
+            taken = set(offsets.values())
+            unused = tuple(o for o in range(size) if o not in taken)
+            cold.pool.give(target, unused)
+            if drop:
+                host.drain(blocks)
+            moves.append(Move(page, target, self._label(namespace, offsets), unused))
+            arriving.append(fresh)
+            relocating.append(known)
+            self.dirty.discard(page)
+        if moves:
+            self._start(TierId.HOST, TierId.COLD, moves, urgency, out, arriving, relocating, drop)
+        return bool(moves)
+
+    def promote(
+        self, pages: Iterable[int], urgency: Urgency, now_ns: int, out: Out
+    ) -> tuple[int | None, list[int]]:
+        """Start reading cold pages into host pages; gives the transfer and the pages started."""
+        host, cold = self.tables[TierId.HOST], self.tables[TierId.COLD]
+        moves: list[Move] = []
+        arriving: list[list[int]] = []
+        wanted = list(pages)
+        for page in wanted:
+            cold.pin(page)  # all of them, before making room below may evict one
+        for page in wanted:
+            namespace = cold.pool.owner[page]
+            target = self.whole_page(TierId.HOST, namespace, now_ns, out)
+            if target is None:
+                break
+            host.pin(target)
+            host.pool.seal(target)
+            size = cold.page_blocks
+            blocks = [
+                b
+                for b in cold.blocks_in(page)
+                if cold.ready[b] >= 0 and host.place[b] == NO_PLACE
+            ]
+            offsets = [cold.place[b] % size for b in blocks]
+            host.fill(blocks, _single_spans(target, offsets))
+            taken = set(offsets)
+            host.pool.give(target, [o for o in range(size) if o not in taken])
+            moves.append(Move(page, target))
+            arriving.append(blocks)
+        for page in wanted[len(moves) :]:
+            self.unpin(TierId.COLD, page)
+        if not moves:
+            return None, []
+        started = self._start(TierId.COLD, TierId.HOST, moves, urgency, out, arriving)
+        return started, wanted[: len(moves)]
+
+    def copy(
+        self,
+        blocks: Sequence[int],
+        source: TierId,
+        target: TierId,
+        urgency: Urgency,
+        now_ns: int,
+        out: Out,
+        *,
+        drop: bool = False,
+    ) -> bool:
+        """Start copying single blocks between device and host; False if there was no room."""
+        above, below = self.tables[source], self.tables[target]
+        todo = [b for b in blocks if above.ready[b] >= 0 and below.place[b] == NO_PLACE]
+        if not todo:
+            return False
+        namespace = above.pool.owner[above.place[todo[0]] // above.page_blocks]
+        for block in todo:
+            above.pin(above.place[block] // above.page_blocks)
+        spans = self.room(target, len(todo), namespace, now_ns, out)
+        for span in spans:
+            for _ in range(span.count - 1):  # `room` pinned once a span; moves pin once a block
+                below.pin(span.page)
+        started = todo[: sum(span.count for span in spans)]
+        for block in todo[len(started) :]:
+            self.unpin(source, above.place[block] // above.page_blocks)
+        if not started:
+            return False
+        below.fill(started, spans)
+        moves = [Move(above.place[b], below.place[b]) for b in started]
+        if drop:
+            above.drain(started)
+        self._start(source, target, moves, urgency, out, [[b] for b in started], drop=drop)
+        return True
+
+    def finish(self, transfer: int, ok: Sequence[bool], now_ns: int, *, cancelled: bool) -> None:
+        """A transfer ended: publish what arrived, forget what did not, let both ends go."""
+        flight = self.flights.pop(transfer)
+        source, target = flight.transfer.source, flight.transfer.target
+        finish = self._finish_pages if TierId.COLD in (source, target) else self._finish_block
+        for number in reversed(range(len(ok))):  # last page first: see `EvictionPolicy.touch`
+            finish(flight, number, ok[number], now_ns, cancelled=cancelled)
+
+    def _finish_pages(
+        self, flight: Flight, number: int, ok: bool, now_ns: int, *, cancelled: bool
+    ) -> None:
+        move, transfer = flight.transfer.moves[number], flight.transfer
+        source, target = self.tables[transfer.source], self.tables[transfer.target]
+        blocks = flight.arriving[number]
+        relocating = flight.relocating[number] if flight.relocating else []
+        if ok:
+            target.publish(blocks)
+            self._relocate(relocating, move, target)
+            self.policies[transfer.target].track(move.target, now_ns)
+        else:
+            kind = "cancelled" if cancelled else "failed"
+            self.stats.add("tierkv_transfers_failed_total", 1, transfer.target.label, kind)
+            offsets = [source.place[b] % source.page_blocks for b in relocating]
+            target.pool.give(move.target, offsets)
+            self.drop(transfer.target, blocks)
+        if transfer.target is TierId.HOST:
+            target.pool.unseal(move.target)
+        else:
+            source.pool.unseal(move.source)
+        self.unpin(transfer.target, move.target)
+        lost = not ok and not cancelled and transfer.source is TierId.COLD
+        if lost:
+            source.pool.quarantine(move.source)
+        self.unpin(transfer.source, move.source)
+        if lost:
+            self.drop(TierId.COLD, source.blocks_in(move.source))
+        elif flight.drop:
+            self.drop(transfer.source, source.blocks_in(move.source))
+        elif not ok and transfer.source is TierId.HOST:
+            self.dirty.add(move.source)
+
+    def _relocate(self, blocks: Sequence[int], move: Move, cold: TierTable) -> None:
+        """Blocks that were in an older cold page are now in the page that just landed."""
+        host = self.tables[TierId.HOST]
+        for block in blocks:
+            offset = host.place[block] % host.page_blocks
+            if cold.place[block] != NO_PLACE:
+                old = cold.place[block] // cold.page_blocks
+                cold.drop([block])
+                if old not in cold.pool.owner:
+                    self.policies[TierId.COLD].forget(old)
+            cold.fill([block], [Span(0, move.target, offset, 1)])
+            cold.publish([block])
+
+    def _finish_block(
+        self, flight: Flight, number: int, ok: bool, now_ns: int, *, cancelled: bool
+    ) -> None:
+        move, transfer = flight.transfer.moves[number], flight.transfer
+        source, target = self.tables[transfer.source], self.tables[transfer.target]
+        blocks = flight.arriving[number]
+        page, goal = move.source // source.page_blocks, move.target // target.page_blocks
+        if ok:
+            target.publish(blocks)
+            self.policies[transfer.target].track(goal, now_ns)
+            if transfer.target is TierId.HOST:
+                self.dirty.add(goal)
+        else:
+            kind = "cancelled" if cancelled else "failed"
+            self.stats.add("tierkv_transfers_failed_total", 1, transfer.target.label, kind)
+            self.drop(transfer.target, blocks)
+        self.unpin(transfer.target, goal)
+        self.unpin(transfer.source, page)
+        if flight.drop:
+            self.drop(transfer.source, blocks)
+
+    # ---- small parts
+
+    def cancel_prefetches(self, out: Out) -> None:
+        """Room is wanted by somebody who waits: call off what nobody waits for."""
+        out.extend(
+            Cancel(number)
+            for number, flight in self.flights.items()
+            if flight.urgency is Urgency.PREFETCH
+        )
+
+    def write_backs(self) -> list[int]:
+        """Transfers to the cold tier that have not ended."""
+        return [n for n, f in self.flights.items() if f.transfer.target is TierId.COLD]
+
+    def use_prefetch(self, page: int, *, late: bool) -> None:
+        """A host page that a prefetch brought is wanted now."""
+        self._count_prefetch(page, "late" if late else "timely")
+
+    def _count_prefetch(self, page: int, outcome: str) -> None:
+        blocks = self.prefetched.pop(page, 0)
+        if blocks:
+            amount = blocks * self.spec.block_bytes
+            self.stats.add("tierkv_prefetch_bytes_total", amount, outcome)
+
+    def _label(self, namespace: str, offsets: Mapping[int, int]) -> PageLabel:
+        index, root = self.index, self._roots[namespace]
+        labels = []
+        for block in sorted(offsets, key=offsets.__getitem__):
+            above = index.parent(block)
+            parent = root if above == ROOT else index.key(above)
+            labels.append(BlockLabel(offsets[block], index.key(block), parent))
+        return PageLabel(namespace, tuple(labels))
+
+    def _start(
+        self,
+        source: TierId,
+        target: TierId,
+        moves: list[Move],
+        urgency: Urgency,
+        out: Out,
+        arriving: list[list[int]],
+        relocating: list[list[int]] | None = None,
+        drop: bool = False,
+    ) -> int:
+        number = self._next_transfer
+        self._next_transfer += 1
+        transfer = Transfer(number, source, target, moves, urgency)
+        self.flights[number] = Flight(transfer, urgency, drop, arriving, relocating or [])
+        out.append(transfer)
+        return number
+
+
+def _single_spans(page: int, offsets: Sequence[int]) -> list[Span]:
+    return [Span(index, page, offset, 1) for index, offset in enumerate(offsets)]

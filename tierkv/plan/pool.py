@@ -1,0 +1,181 @@
+"""Page pool: which places of a tier are free.
+
+A **place** is room for one block: ``page * page_blocks + offset``. Blocks of one namespace fill
+its *open page* front to back, so that prompts of any length pack without gaps between them; two
+namespaces never share a page. Freed places of a page that is not open are *holes*, given out when
+no whole page is left. A *sealed* page gives out nothing (its bytes are being copied away).
+
+Free whole pages come back lowest number first, so that consecutive pages are usual and files
+stay short. Single owner (the planner).
+
+Invariants (`check`): every page is exactly one of free, quarantined, owned; an owned page's
+places are used, or holes, or (open page) ahead of the fill mark; counts agree.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from tierkv.core.tier import Span
+
+
+class PagePool:
+    """Free and used places of one tier."""
+
+    def __init__(self, pages: int, page_blocks: int) -> None:
+        self.pages = pages
+        self.page_blocks = page_blocks
+        self.owner: dict[int, str] = {}
+        self.owned: Counter[str] = Counter()
+        self.used: list[int] = [0] * pages
+        self.quarantined: set[int] = set()
+        self._free: list[int] = list(range(pages))
+        self._open: dict[str, list[int]] = {}  # namespace -> [page, fill mark]
+        self._holes: dict[int, list[int]] = {}
+        self._holed: dict[str, dict[int, None]] = {}
+        self._sealed: set[int] = set()
+
+    @property
+    def free_pages(self) -> int:
+        """Whole pages that nobody owns."""
+        return len(self._free)
+
+    def is_open(self, page: int) -> bool:
+        """Whether new blocks may still be placed behind the fill mark of this page."""
+        mark = self._open.get(self.owner.get(page, ""))
+        return mark is not None and mark[0] == page
+
+    def is_sealed(self, page: int) -> bool:
+        """Whether the page is closed to new blocks while its bytes are copied."""
+        return page in self._sealed
+
+    def take(self, count: int, namespace: str, pages_max: int | None = None) -> list[Span]:
+        """Take up to `count` places: the open page, then whole pages, then holes.
+
+        `pages_max` bounds how many further whole pages may be opened. Fewer places than asked
+        for are returned when there are no more.
+        """
+        spans: list[Span] = []
+        index = 0
+        pages_left = len(self._free) if pages_max is None else pages_max
+        while index < count:
+            mark = self._open.get(namespace)
+            if mark is None:
+                if pages_left <= 0 or not self._free:
+                    break
+                pages_left -= 1
+                page = self._own(namespace)
+                mark = self._open[namespace] = [page, 0]
+            page, offset = mark
+            room = min(self.page_blocks - offset, count - index)
+            spans.append(Span(index, page, offset, room))
+            self.used[page] += room
+            index += room
+            mark[1] = offset + room
+            if mark[1] == self.page_blocks:
+                del self._open[namespace]
+        return spans if index == count else spans + self._take_holes(index, count, namespace)
+
+    def take_page(self, namespace: str) -> int | None:
+        """Take one whole page, all its places used; None if no page is free."""
+        if not self._free:
+            return None
+        page = self._own(namespace)
+        self.used[page] = self.page_blocks
+        return page
+
+    def give(self, page: int, offsets: Iterable[int]) -> bool:
+        """Give places back; True if the page has none in use any more (see `release`)."""
+        holes = self._holes.setdefault(page, [])
+        before = len(holes)
+        holes.extend(offsets)
+        self.used[page] -= len(holes) - before
+        assert self.used[page] >= 0, f"page {page}: more places given back than taken"
+        if page not in self._sealed and not self.is_open(page):
+            self._holed.setdefault(self.owner[page], {})[page] = None
+        return self.used[page] == 0
+
+    def release(self, page: int) -> None:
+        """Give a whole page back; none of its places may be in use."""
+        assert self.used[page] == 0, f"page {page} still holds blocks"
+        namespace = self.owner.pop(page)
+        self.owned[namespace] -= 1
+        mark = self._open.get(namespace)
+        if mark is not None and mark[0] == page:
+            del self._open[namespace]
+        self._sealed.discard(page)
+        self._holes.pop(page, None)
+        self._holed.get(namespace, {}).pop(page, None)
+        if page not in self.quarantined:
+            heapq.heappush(self._free, page)
+
+    def seal(self, page: int) -> None:
+        """Give out no more places of this page until `unseal`."""
+        namespace = self.owner[page]
+        if self.is_open(page):
+            _, offset = self._open.pop(namespace)
+            self._holes.setdefault(page, []).extend(range(self.page_blocks - 1, offset - 1, -1))
+        self._holed.get(namespace, {}).pop(page, None)
+        self._sealed.add(page)
+
+    def unseal(self, page: int) -> None:
+        """Let the page's holes be used again."""
+        self._sealed.discard(page)
+        if page in self.owner and self._holes.get(page):
+            self._holed.setdefault(self.owner[page], {})[page] = None
+
+    def adopt(self, pages: Mapping[int, tuple[str, list[int]]]) -> None:
+        """Own pages that already hold blocks: page -> (namespace, offsets in use). Recovery."""
+        for page, (namespace, offsets) in pages.items():
+            self.owner[page] = namespace
+            self.owned[namespace] += 1
+            self.used[page] = len(offsets)
+            taken = set(offsets)
+            self._holes[page] = [o for o in range(self.page_blocks) if o not in taken]
+        self._free = [page for page in self._free if page not in pages]
+
+    def quarantine(self, page: int) -> None:
+        """Never give this page out again once it is released."""
+        self.quarantined.add(page)
+        if page in self._free:
+            self._free.remove(page)
+            heapq.heapify(self._free)
+
+    def check(self) -> None:
+        """Assert the invariants; O(places)."""
+        free = set(self._free)
+        assert len(free) == len(self._free), "a page is free twice"
+        for page in range(self.pages):
+            states = (page in free) + (page in self.owner)
+            assert states == 1 or (states == 0 and page in self.quarantined), f"page {page}"
+            if page in self.owner:
+                ahead = 0
+                if self.is_open(page):
+                    ahead = self.page_blocks - self._open[self.owner[page]][1]
+                holes = self._holes.get(page, [])
+                assert len(set(holes)) == len(holes), f"page {page}: a hole is listed twice"
+                assert self.used[page] + len(holes) + ahead == self.page_blocks, f"page {page}"
+            else:
+                assert self.used[page] == 0, f"page {page} is free and used"
+
+    def _own(self, namespace: str) -> int:
+        page = heapq.heappop(self._free)
+        self.owner[page] = namespace
+        self.owned[namespace] += 1
+        return page
+
+    def _take_holes(self, index: int, count: int, namespace: str) -> list[Span]:
+        spans: list[Span] = []
+        holed = self._holed.get(namespace, {})
+        while index < count and holed:
+            page = next(iter(holed))
+            holes = self._holes[page]
+            offset = holes.pop()
+            self.used[page] += 1
+            spans.append(Span(index, page, offset, 1))
+            index += 1
+            if not holes:
+                del holed[page]
+        return spans

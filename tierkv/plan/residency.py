@@ -1,0 +1,168 @@
+"""Residency: for each block and tier, where it lies and in which state.
+
+The state of a block in one tier moves only along `TRANSITIONS`; anything else is our bug and
+asserts. A page is *pinned* while somebody reads it or a transfer uses it: a pinned page is
+neither evicted nor reused. `ready[block]` is the block's place while it may be read, else -1,
+so that a whole prefix is checked and located by one table look-up per block.
+
+Invariants (`TierTable.check`): a block has a place exactly when it is not ABSENT; `block_at` is
+the inverse of `place`; a page's used places are its blocks; pins are never negative.
+Single owner (the planner).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+
+from tierkv.core.tier import Span
+from tierkv.plan.pool import PagePool
+
+NO_PLACE: Final = -1
+
+
+class State(IntEnum):
+    """What a tier knows of a block's bytes."""
+
+    ABSENT = 0
+    FILLING = 1  # being written; not readable
+    READY = 2  # complete; may be read and pinned
+    DRAINING = 3  # being moved away; not handed to new readers
+
+
+TRANSITIONS: Final = frozenset(
+    {
+        (State.ABSENT, State.FILLING),
+        (State.FILLING, State.READY),
+        (State.FILLING, State.ABSENT),  # the write failed or was cancelled
+        (State.READY, State.DRAINING),
+        (State.READY, State.ABSENT),  # dropped at once: another copy exists or is not wanted
+        (State.DRAINING, State.ABSENT),
+    }
+)
+_ALLOWED: Final = np.zeros((len(State), len(State)), bool)
+for _before, _after in TRANSITIONS:
+    _ALLOWED[_before, _after] = True
+
+
+class TierTable:
+    """Places, states and pins of one tier."""
+
+    def __init__(self, pages: int, page_blocks: int) -> None:
+        self.pool = PagePool(pages, page_blocks)
+        self.page_blocks = page_blocks
+        self.pins: list[int] = [0] * pages
+        self.block_at: list[int] = [NO_PLACE] * (pages * page_blocks)
+        self.place: list[int] = []
+        self.ready: list[int] = []
+        self._state = np.zeros(0, np.uint8)
+
+    def grow(self, ids_end: int) -> None:
+        """Make room for block ids below `ids_end`."""
+        extra = ids_end - len(self.place)
+        if extra > 0:
+            self.place += [NO_PLACE] * extra
+            self.ready += [NO_PLACE] * extra
+            if ids_end > len(self._state):
+                self._state = np.resize(self._state, max(ids_end, 2 * len(self._state)))
+                self._state[ids_end - extra :] = State.ABSENT
+
+    def state(self, block: int) -> State:
+        """The state of one block here."""
+        return State(int(self._state[block]))
+
+    def fill(self, blocks: Sequence[int], spans: Iterable[Span]) -> None:
+        """ABSENT → FILLING: blocks get the places of the spans."""
+        place, block_at, size = self.place, self.block_at, self.page_blocks
+        for index, page, offset, count in spans:
+            start = page * size + offset
+            run = blocks[index : index + count]
+            block_at[start : start + count] = run
+            for at, block in enumerate(run, start):
+                place[block] = at
+            self._move(run, State.FILLING)
+
+    def publish(self, blocks: Sequence[int]) -> None:
+        """FILLING → READY: the bytes are complete."""
+        self._move(blocks, State.READY)
+        place, ready = self.place, self.ready
+        for block in blocks:
+            ready[block] = place[block]
+
+    def drain(self, blocks: Sequence[int]) -> None:
+        """READY → DRAINING: no new reader gets these bytes."""
+        self._move(blocks, State.DRAINING)
+        for block in blocks:
+            self.ready[block] = NO_PLACE
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """Any state → ABSENT: places are given back; an empty, unpinned page becomes free."""
+        self._move(blocks, State.ABSENT)
+        size = self.page_blocks
+        for block in blocks:
+            at = self.place[block]
+            self.place[block] = self.ready[block] = self.block_at[at] = NO_PLACE
+            page = at // size
+            if self.pool.give(page, (at - page * size,)) and not self.pins[page]:
+                self.pool.release(page)
+
+    def pin(self, page: int) -> None:
+        """Keep a page where it is."""
+        self.pins[page] += 1
+
+    def unpin(self, page: int) -> None:
+        """Undo one `pin`; an empty page whose last pin goes becomes free."""
+        self.pins[page] -= 1
+        assert self.pins[page] >= 0, f"page {page} was unpinned more often than pinned"
+        if not self.pins[page] and not self.pool.used[page] and page in self.pool.owner:
+            self.pool.release(page)
+
+    def blocks_in(self, page: int) -> list[int]:
+        """The blocks of one page, whatever their state."""
+        start = page * self.page_blocks
+        return [b for b in self.block_at[start : start + self.page_blocks] if b != NO_PLACE]
+
+    def spans_of(self, places: Sequence[int]) -> list[Span]:
+        """Join places that are consecutive within a page."""
+        size = self.page_blocks
+        spans: list[Span] = []
+        first, start, want = 0, NO_PLACE, NO_PLACE
+        for index, at in enumerate(places):
+            if at != want or at % size == 0:
+                if start != NO_PLACE:
+                    spans.append(Span(first, start // size, start % size, index - first))
+                first, start = index, at
+            want = at + 1
+        if start != NO_PLACE:
+            spans.append(Span(first, start // size, start % size, len(places) - first))
+        return spans
+
+    def check(self) -> None:
+        """Assert the invariants; O(places)."""
+        self.pool.check()
+        for block, at in enumerate(self.place):
+            state = self.state(block)
+            assert (at == NO_PLACE) == (state is State.ABSENT), f"block {block} is {state.name}"
+            assert self.ready[block] == (at if state is State.READY else NO_PLACE)
+            if at != NO_PLACE:
+                assert self.block_at[at] == block, f"place {at} holds another block"
+        for page in range(self.pool.pages):
+            held = len(self.blocks_in(page))
+            assert self.pins[page] >= 0
+            if page in self.pool.owner:
+                assert self.pool.used[page] >= held, f"page {page} counts fewer blocks than it has"
+                if not self.pins[page]:
+                    assert self.pool.used[page] == held > 0, f"page {page}: {held} blocks"
+
+    def _move(self, blocks: Sequence[int], after: State) -> None:
+        if len(blocks) == 1:
+            before = self._state[blocks[0]]
+            assert _ALLOWED[before, after], f"{State(int(before)).name} → {after.name}"
+            self._state[blocks[0]] = after
+            return
+        at = np.fromiter(blocks, np.int64, len(blocks))
+        assert _ALLOWED[self._state[at], after].all(), f"an illegal move to {after.name}"
+        self._state[at] = after

@@ -1,0 +1,108 @@
+"""Device tier: hot pages in one slab, CUDA memory where there is a GPU, host memory otherwise.
+
+A block takes `hot_pages_per_block` hot pages. They are allocated together: frame `f` is hot pages
+``f * hot_pages_per_block ..``, so the planner counts frames (one block each) and the kernels get
+page numbers. Blocks come and go as ``(layers, blocks, block_layer_bytes)`` bytes; a block's hot
+pages are slices of its canonical bytes, in order. Any thread, on disjoint frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from tierkv.core.errors import TierFailed
+from tierkv.core.geometry import PagePlan
+from tierkv.core.tier import Span
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class DeviceTier:
+    """The slab of hot pages."""
+
+    def __init__(self, plan: PagePlan, *, frames: int, device: str = "auto") -> None:
+        self.plan = plan
+        self.frames = frames
+        self._wanted = device
+
+    def open(self) -> None:
+        """Allocate the slab. Raises TierFailed where the device is absent or too small."""
+        try:
+            import torch
+        except ImportError as error:
+            raise TierFailed(
+                "device tier: needs torch; install tierkv-offload[demo] or [gpu], "
+                "or set tiers.device.capacity to 0"
+            ) from error
+        wanted = self._wanted
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        shape = (max(1, self.frames) * self.plan.hot_pages_per_block, self.plan.hot_page_bytes)
+        try:
+            self.device = torch.device(wanted)
+            self.pool = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise TierFailed(
+                f"device tier: cannot take {shape[0] * shape[1]} bytes of {wanted} ({error}); "
+                "lower tiers.device.capacity or change tiers.device.device"
+            ) from error
+
+    def write(self, spans: Iterable[Span], data: Bytes | Tensor) -> None:
+        """Scatter blocks in: `data` uint8 (layers, blocks, block_layer_bytes), any strides."""
+        import torch
+
+        from tierkv.kernels.pages import scatter_pages
+
+        frames, indices = _split(spans)
+        if isinstance(data, np.ndarray):
+            data = torch.from_numpy(data)
+        chosen = data[:, indices].permute(1, 0, 2).to(self.device)
+        rows = chosen.reshape(-1, self.plan.hot_page_bytes)
+        scatter_pages(self.pool, self._numbers(frames), rows)
+
+    def read(self, spans: Iterable[Span], out: Bytes | Tensor) -> None:
+        """Gather blocks out into `out` uint8 (layers, blocks, block_layer_bytes), any strides."""
+        import torch
+
+        from tierkv.kernels.pages import gather_pages
+
+        frames, indices = _split(spans)
+        numbers = self._numbers(frames)
+        shape = (len(numbers), self.plan.hot_page_bytes)
+        rows = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        gather_pages(self.pool, numbers, rows)
+        blocks = rows.reshape(len(frames), self.plan.layers, self.plan.block_layer_bytes)
+        target = torch.from_numpy(out) if isinstance(out, np.ndarray) else out
+        low, high = indices[0], indices[-1] + 1
+        if high - low == len(indices):
+            target[:, low:high].copy_(blocks.permute(1, 0, 2))
+        else:
+            target[:, indices] = blocks.permute(1, 0, 2).to(target.device)
+
+    def close(self) -> None:
+        """Free the slab."""
+        self.__dict__.pop("pool", None)
+
+    def _numbers(self, frames: list[int]) -> Tensor:
+        import torch
+
+        each = self.plan.hot_pages_per_block
+        first = torch.tensor(frames, dtype=torch.int64)[:, None] * each
+        return (first + torch.arange(each)).reshape(-1).to(self.device)
+
+
+def _split(spans: Iterable[Span]) -> tuple[list[int], list[int]]:
+    """Frames (one block a page), and the positions in the data that belong to them."""
+    frames: list[int] = []
+    indices: list[int] = []
+    for index, page, _, count in spans:
+        frames.extend(range(page, page + count))
+        indices.extend(range(index, index + count))
+    return frames, indices

@@ -1,0 +1,152 @@
+"""Host tier: warm pages in one arena of our own.
+
+The arena is one anonymous mapping: bound to a NUMA node, advised for huge pages if asked,
+touched in parallel so that no first write pays for page faults, and registered with CUDA in
+chunks of at most 1 GiB where CUDA is there (one huge call can fail, vllm #51080). torch's own
+pinned allocator is not used: it neither binds nor grows that way.
+
+A page is ``(layers, page_blocks, block_layer_bytes)``; see `tierkv.core.geometry`. Reads and
+writes copy on the calling thread. Any thread, as long as no two touch the same place; the
+planner sees to that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tierkv.core.errors import TierFailed
+from tierkv.core.geometry import GIB, MIB, PagePlan
+from tierkv.core.tier import Span
+from tierkv.tiers import numa
+
+logger = logging.getLogger(__name__)
+
+Bytes = npt.NDArray[np.uint8]
+
+_MADV_HUGEPAGE: Final = 14
+_MADV_DONTDUMP: Final = 16
+_MADV_POPULATE_WRITE: Final = 23
+_CHUNK_BYTES: Final = 64 * MIB
+_REGISTER_BYTES: Final = GIB
+
+
+class HostTier:
+    """The arena of warm pages."""
+
+    def __init__(
+        self,
+        plan: PagePlan,
+        *,
+        pages: int,
+        node: int | None = None,
+        hugepages: bool = False,
+        threads: int = 0,
+        cuda: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.page_count = pages
+        self._node = node
+        self._hugepages = hugepages
+        self._threads = threads or min(8, os.cpu_count() or 1)
+        self._cuda = cuda
+        self._registered: list[int] = []
+        self._map: mmap.mmap | None = None
+
+    def open(self) -> None:
+        """Map, bind and touch the arena. Raises TierFailed if there is not enough memory."""
+        plan, size = self.plan, max(1, self.page_count) * self.plan.warm_page_bytes
+        try:
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError) as error:
+            raise TierFailed(
+                f"host tier: cannot map {size} bytes ({error}); lower tiers.host.capacity"
+            ) from error
+        arena = np.frombuffer(self._map, np.uint8)
+        if self._node is not None:
+            numa.bind(arena.ctypes.data, size, self._node)
+        if self._hugepages:
+            _advise(arena.ctypes.data, size, _MADV_HUGEPAGE)
+        _advise(arena.ctypes.data, size, _MADV_DONTDUMP)  # KV bytes are chat text
+        self._touch(arena)
+        self.pages: Bytes = arena.reshape(-1, plan.warm_page_bytes)
+        payload = self.pages[:, : plan.warm_payload_bytes]
+        self.blocks: Bytes = payload.reshape(-1, *plan.warm_page_shape)
+        if self._cuda:
+            self._register(arena)
+
+    def write(self, spans: Iterable[Span], data: Bytes) -> None:
+        """Copy blocks in: `data` (layers, blocks, block_layer_bytes), any strides."""
+        blocks, copy = self.blocks, np.copyto
+        for index, page, offset, count in spans:
+            copy(blocks[page, :, offset : offset + count], data[:, index : index + count])
+
+    def read(self, spans: Iterable[Span], out: Bytes) -> None:
+        """Copy blocks out into `out` (layers, blocks, block_layer_bytes), any strides."""
+        blocks, copy = self.blocks, np.copyto
+        for index, page, offset, count in spans:
+            copy(out[:, index : index + count], blocks[page, :, offset : offset + count])
+
+    def zero(self, page: int, offsets: Sequence[int]) -> None:
+        """Clear places and the page's padding, before they reach a disk."""
+        for offset in offsets:
+            self.blocks[page, :, offset] = 0
+        self.pages[page, self.plan.warm_payload_bytes :] = 0
+
+    def close(self) -> None:
+        """Give the memory back. Views of it must be gone."""
+        for address in self._registered:
+            _cudart().cudaHostUnregister(address)
+        self._registered.clear()
+        self.__dict__.pop("blocks", None)
+        self.__dict__.pop("pages", None)
+        if self._map is not None:
+            try:
+                self._map.close()
+            except BufferError:  # a reader still holds a view: the kernel frees it with the last
+                logger.warning("host arena closed while views of it are alive")
+            self._map = None
+
+    def _touch(self, arena: Bytes) -> None:
+        """Fault every page in, in parallel; madvise by ctypes drops the GIL."""
+        base, size = arena.ctypes.data, arena.nbytes
+
+        def touch(start: int) -> None:
+            count = min(_CHUNK_BYTES, size - start)
+            if not _advise(base + start, count, _MADV_POPULATE_WRITE):
+                arena[start : start + count : mmap.PAGESIZE] = 0
+
+        with ThreadPoolExecutor(self._threads, "tierkv-touch") as pool:
+            list(pool.map(touch, range(0, size, _CHUNK_BYTES)))
+
+    def _register(self, arena: Bytes) -> None:
+        for start in range(0, arena.nbytes, _REGISTER_BYTES):
+            address = arena.ctypes.data + start
+            count = min(_REGISTER_BYTES, arena.nbytes - start)
+            code = int(_cudart().cudaHostRegister(address, count, 3))  # portable | mapped
+            if code:
+                logger.warning("cudaHostRegister refused code=%d bytes=%d", code, count)
+                return
+            self._registered.append(address)
+
+
+def _advise(address: int, size_bytes: int, advice: int) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.madvise(
+        ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), ctypes.c_int(advice)
+    )
+    return bool(result == 0)
+
+
+def _cudart():  # type: ignore[no-untyped-def]
+    import torch
+
+    return torch.cuda.cudart()

@@ -1,0 +1,245 @@
+"""Transfer engine: one batch per transfer, cut into jobs for the lane of its link.
+
+`submit` returns at once. When the last job of a batch ends, its result waits for `poll`, which the
+store feeds to the planner; `wait` sleeps until something can be polled. There is one result per
+batch, never per page: a hop between threads costs more than a small page.
+
+A batch whose deadline passed, or that was cancelled, ends as cancelled as far as it had not begun.
+An exception of a tier ends at the lane: it becomes "these pages did not arrive". Any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tierkv.core.geometry import PagePlan
+from tierkv.core.stats import Stats
+from tierkv.core.tier import Span, TierId
+from tierkv.core.transfer import Transfer, Urgency
+from tierkv.tiers.device import DeviceTier
+from tierkv.tiers.host import HostTier
+from tierkv.tiers.segments import SegmentTier
+from tierkv.transfer.bandwidth import LinkEstimate
+from tierkv.transfer.lane import Job, Lane
+
+logger = logging.getLogger(__name__)
+
+Link = tuple[TierId, TierId]
+
+
+class Result(NamedTuple):
+    """How a batch ended: per move, whether its bytes arrived."""
+
+    transfer: int
+    ok: list[bool]
+    cancelled: bool
+
+
+@dataclass(slots=True)
+class _Batch:
+    transfer: Transfer
+    ok: list[bool]
+    jobs_left: int
+    size_bytes: int
+    deadline_ns: int | None
+    started_ns: int = 0
+    cancelled: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class TransferEngine:
+    """Carries transfers out between the tiers it was given."""
+
+    def __init__(
+        self,
+        plan: PagePlan,
+        host: HostTier,
+        *,
+        device: DeviceTier | None = None,
+        cold: SegmentTier | None = None,
+        threads: int = 8,
+        inflight_bytes_max: int = 256 << 20,
+        piece_bytes: int = 8 << 20,
+    ) -> None:
+        self._plan = plan
+        self._host = host
+        self._device = device
+        self._cold = cold
+        self._piece_bytes = piece_bytes
+        self._batches: dict[int, _Batch] = {}
+        self._done: deque[Result] = deque()
+        self._progress = threading.Condition()
+        self.ended = 0
+        self.links: dict[Link, LinkEstimate] = {}
+        self.stats = Stats()
+        self._lanes: dict[str, Lane] = {}
+        if cold is not None:
+            self._lanes["file"] = Lane(
+                "file", threads=threads, inflight_bytes_max=inflight_bytes_max
+            )
+        if device is not None:
+            self._lanes["device"] = Lane(
+                "device", threads=1, inflight_bytes_max=inflight_bytes_max
+            )
+
+    def submit(self, transfer: Transfer, *, deadline_ns: int | None = None) -> None:
+        """Start a transfer; its result comes by `poll`. `deadline_ns` is monotonic time."""
+        lane, pieces, unit_bytes = self._cut(transfer)
+        batch = _Batch(
+            transfer,
+            [False] * len(transfer.moves),
+            len(pieces),
+            unit_bytes * len(transfer.moves),
+            deadline_ns,
+        )
+        with self._progress:
+            self._batches[transfer.id] = batch
+        jobs = [
+            Job(transfer.id, unit_bytes * len(piece), self._job(batch, piece)) for piece in pieces
+        ]
+        self._lanes[lane].submit(jobs, transfer.urgency)
+
+    def promote(self, transfer: int, urgency: Urgency) -> None:
+        """Somebody waits for a transfer now."""
+        batch = self._batches.get(transfer)
+        if batch is not None:
+            self._lanes[self._lane_of(batch.transfer)].promote(transfer, urgency)
+
+    def cancel(self, transfer: int) -> None:
+        """Do not begin what has not begun of a transfer."""
+        batch = self._batches.get(transfer)
+        if batch is not None:
+            batch.cancelled = True
+
+    @property
+    def has_results(self) -> bool:
+        """Whether `poll` would give something; needs no lock."""
+        return bool(self._done)
+
+    def poll(self) -> list[Result]:
+        """Results that have come in, oldest first."""
+        results: list[Result] = []
+        while self._done:
+            results.append(self._done.popleft())
+        return results
+
+    def wait(self, timeout_s: float, *, until: Callable[[], bool]) -> bool:
+        """Sleep until there is something to poll or `until()`; False if the time ran out first."""
+        with self._progress:
+            return self._progress.wait_for(
+                lambda: bool(self._done) or until(), max(0.0, timeout_s)
+            )
+
+    def wake(self) -> None:
+        """Let waiting threads look again: results were taken in by another thread."""
+        with self._progress:
+            self._progress.notify_all()
+
+    @property
+    def busy(self) -> int:
+        """Transfers that have not ended."""
+        return len(self._batches)
+
+    def close(self) -> None:
+        """Let everything queued end, then join the threads."""
+        for lane in self._lanes.values():
+            lane.close()
+
+    # ---- the work
+
+    def _cut(self, transfer: Transfer) -> tuple[str, list[Sequence[int]], int]:
+        """The lane, the pieces (positions in `moves`), and the bytes of one move."""
+        lane = self._lane_of(transfer)
+        if lane == "device":
+            return lane, [range(len(transfer.moves))], self._plan.block_bytes
+        assert self._cold is not None
+        reads = transfer.source is TierId.COLD
+        pages = [move.source if reads else move.target for move in transfer.moves]
+        return lane, self._cold.pieces(pages, self._piece_bytes), self._plan.warm_page_bytes
+
+    def _lane_of(self, transfer: Transfer) -> str:
+        return "file" if TierId.COLD in (transfer.source, transfer.target) else "device"
+
+    def _job(self, batch: _Batch, piece: Sequence[int]) -> Callable[[], None]:
+        def run() -> None:
+            now = time.monotonic_ns()
+            with batch.lock:
+                batch.started_ns = batch.started_ns or now
+                late = batch.deadline_ns is not None and now > batch.deadline_ns
+                begin = not (batch.cancelled or late)
+                batch.cancelled = batch.cancelled or late
+            if begin:
+                try:
+                    arrived = self._carry(batch.transfer, piece)
+                except Exception:
+                    # The end of the lane: whatever went wrong, the pages did not arrive.
+                    logger.exception("transfer failed id=%d", batch.transfer.id)
+                    arrived = [False] * len(piece)
+                for position, ok in zip(piece, arrived, strict=True):
+                    batch.ok[position] = ok
+            self._finish(batch)
+
+        return run
+
+    def _finish(self, batch: _Batch) -> None:
+        with batch.lock:
+            batch.jobs_left -= 1
+            if batch.jobs_left:
+                return
+        transfer = batch.transfer
+        link = (transfer.source, transfer.target)
+        with self._progress:
+            if all(batch.ok):
+                elapsed = time.monotonic_ns() - batch.started_ns
+                self.links.setdefault(link, LinkEstimate()).observe(batch.size_bytes, elapsed)
+            moved = batch.size_bytes // max(1, len(batch.ok)) * sum(batch.ok)
+            self.stats.add("tierkv_bytes_total", moved, transfer.source.label, "read")
+            self.stats.add("tierkv_bytes_total", moved, transfer.target.label, "write")
+            del self._batches[transfer.id]
+            cancelled = batch.cancelled and not any(batch.ok)
+            self.ended += 1
+            self._done.append(Result(transfer.id, batch.ok, cancelled))
+            self._progress.notify_all()
+
+    def _carry(self, transfer: Transfer, piece: Sequence[int]) -> list[bool]:
+        moves = [transfer.moves[position] for position in piece]
+        host = self._host
+        if transfer.source is TierId.COLD:
+            assert self._cold is not None
+            outs = [host.pages[move.target] for move in moves]
+            return self._cold.read_pages([move.source for move in moves], outs)
+        if transfer.target is TierId.COLD:
+            assert self._cold is not None
+            for move in moves:
+                host.zero(move.source, move.unused)
+            payloads = [host.pages[move.source] for move in moves]
+            labels = [move.label for move in moves if move.label is not None]
+            self._cold.write_pages([move.target for move in moves], payloads, labels)
+            return [True] * len(moves)
+        return self._copy_blocks(transfer, [(move.source, move.target) for move in moves])
+
+    def _copy_blocks(self, transfer: Transfer, places: list[tuple[int, int]]) -> list[bool]:
+        """Between device frames and host places, through one staging buffer."""
+        assert self._device is not None
+        import numpy as np
+
+        plan = self._plan
+        size = plan.warm_page_blocks
+        stage = np.empty((plan.layers, len(places), plan.block_layer_bytes), np.uint8)
+        if transfer.source is TierId.DEVICE:
+            frames = [Span(i, source, 0, 1) for i, (source, _) in enumerate(places)]
+            rooms = [Span(i, t // size, t % size, 1) for i, (_, t) in enumerate(places)]
+            self._device.read(frames, stage)
+            self._host.write(rooms, stage)
+        else:
+            rooms = [Span(i, s // size, s % size, 1) for i, (s, _) in enumerate(places)]
+            frames = [Span(i, target, 0, 1) for i, (_, target) in enumerate(places)]
+            self._host.read(rooms, stage)
+            self._device.write(frames, stage)
+        return [True] * len(places)
