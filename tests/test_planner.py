@@ -97,7 +97,7 @@ class World:
 
     def acquire(self, tokens: list[int], namespace: str = "default") -> ev.Grant:
         keys = CHAINS[namespace].of_tokens(tokens)
-        out = self.handle(ev.Acquire(list(keys), 0, len(keys), namespace))
+        out = self.handle(ev.Acquire(list(keys), namespace))
         (grant,) = [item for item in out if isinstance(item, ev.Grant)]
         return grant
 
@@ -227,7 +227,7 @@ def test_a_demand_joins_a_prefetch_and_raises_it() -> None:
     keys = CHAINS["default"].of_tokens([1, 2])
     world.handle(ev.Hint(ev.HintKind.PREFETCH, list(keys)))
     (number,) = world.flights
-    out = world.handle(ev.Acquire(list(keys), 0, 2, "default"))
+    out = world.handle(ev.Acquire(list(keys), "default"))
 
     assert ev.Raise(number, ev.Urgency.DEMAND) in out
     assert world.planner.stats.get("tierkv_prefetch_bytes_total", "late") == 16

@@ -20,7 +20,7 @@ def keys_of(tokens: list[int]) -> list[BlockKey]:
 
 def test_match_gives_the_longest_known_prefix() -> None:
     index = RadixIndex()
-    known = index.insert(keys_of([1, 2, 3, 4]))
+    known = list(index.insert(keys_of([1, 2, 3, 4])))
 
     assert index.match(keys_of([1, 2, 9])) == known[:2]
     assert index.match(keys_of([9])) == []
@@ -29,8 +29,8 @@ def test_match_gives_the_longest_known_prefix() -> None:
 
 def test_a_branch_in_the_middle_splits_the_run() -> None:
     index = RadixIndex()
-    a = index.insert(keys_of([1, 2, 3, 4]))
-    b = index.insert(keys_of([1, 2, 7]))
+    a = list(index.insert(keys_of([1, 2, 3, 4])))
+    b = list(index.insert(keys_of([1, 2, 7])))
 
     assert sorted(map(tuple, index.runs())) == sorted([tuple(a[:2]), tuple(a[2:]), (b[2],)])
     index.check()
@@ -38,8 +38,8 @@ def test_a_branch_in_the_middle_splits_the_run() -> None:
 
 def test_removing_a_branch_merges_equal_runs() -> None:
     index = RadixIndex()
-    a = index.insert(keys_of([1, 2, 3, 4]))
-    b = index.insert(keys_of([1, 2, 7]))
+    a = list(index.insert(keys_of([1, 2, 3, 4])))
+    b = list(index.insert(keys_of([1, 2, 7])))
     index.remove(b[2])
 
     assert list(index.runs()) == [a]
@@ -48,7 +48,7 @@ def test_removing_a_branch_merges_equal_runs() -> None:
 
 def test_a_block_with_children_is_not_removed() -> None:
     index = RadixIndex()
-    a = index.insert(keys_of([1, 2]))
+    a = list(index.insert(keys_of([1, 2])))
 
     with pytest.raises(AssertionError, match="has children"):
         index.remove(a[0])

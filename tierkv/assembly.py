@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 from tierkv.config import Config
 from tierkv.core.errors import ConfigError
@@ -15,6 +18,7 @@ from tierkv.plan.spec import NamespaceSpec, PlanSpec, TierPlan
 from tierkv.tiers import numa
 from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.files import choose_engine
+from tierkv.tiers.files.base import FileEngine
 from tierkv.tiers.host import HostTier
 from tierkv.tiers.segments import SegmentTier
 from tierkv.transfer.engine import TransferEngine
@@ -33,7 +37,11 @@ class Parts:
     recovered: list[RecoveredPage]
 
 
-def assemble(config: Config, layout: Layout) -> Parts:
+#: Makes the file engine for a directory; tests and fault drills give their own.
+FilesFor: TypeAlias = Callable[[Path], FileEngine]
+
+
+def assemble(config: Config, layout: Layout, *, files_for: FilesFor | None = None) -> Parts:
     """Open every tier that is switched on; what was opened is closed again if a later one fails."""
     plan = layout.pages
     chains = {
@@ -58,7 +66,7 @@ def assemble(config: Config, layout: Layout) -> Parts:
             undo.callback(device.close)
         cold, recovered = None, []
         if TierId.COLD in spec.tiers:
-            cold = _cold(config, layout, spec.tiers[TierId.COLD].pages)
+            cold = _cold(config, layout, spec.tiers[TierId.COLD].pages, files_for)
             recovered = cold.open()
             undo.callback(cold.close)
         engine = TransferEngine(
@@ -132,16 +140,18 @@ def _host(config: Config, plan: PagePlan, pages: int) -> HostTier:
         plan,
         pages=pages,
         node=node,
-        hugepages=settings.hugepages == "advise",
+        hugepages=settings.hugepages,
         threads=settings.prefault_threads,
         cuda=settings.register_cuda == "auto" and _has_cuda(),
     )
 
 
-def _cold(config: Config, layout: Layout, pages: int) -> SegmentTier:
+def _cold(
+    config: Config, layout: Layout, pages: int, files_for: FilesFor | None
+) -> SegmentTier:
     # A directory per layout: two layouts never share a file, and one is deleted without the other.
     root = config.tiers.cold.directory / layout.fingerprint.hex()[:16]
-    files = choose_engine(root, config.tiers.cold.engine)
+    files = files_for(root) if files_for else choose_engine(root, config.tiers.cold.engine)
     return SegmentTier(
         files,
         layout.pages,

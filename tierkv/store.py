@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.assembly import Parts, assemble
+from tierkv.assembly import FilesFor, Parts, assemble
 from tierkv.config import Config
 from tierkv.core.errors import ConfigError, GeometryMismatch, StoreClosed, TierFailed
 from tierkv.core.geometry import Layout
@@ -52,6 +52,8 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Rows: TypeAlias = "Bytes | Tensor"
 
 _LOG_LINES_MAX = 4096
+#: Instructions that the calling method carries out itself.
+_FOR_CALLERS = frozenset({ev.Fill, ev.Grant, ev.Short, ev.Erase})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,10 @@ class Store:
         self._engine = parts.engine
         self._lock = threading.Lock()
         self._closed = False
+        self._demand_s = config.transfer.demand_deadline_ms / 1e3
+        self._put_s = config.transfer.put_deadline_ms / 1e3
         self._log: list[bytes] | None = None
+        self._rows_shape = (self.plan.layers, self.plan.block_layer_bytes)
         self._window = self.plan.cold_page_warm_pages * self.plan.warm_page_blocks
         if config.event_log is not None:
             self._log = [head_line(parts.spec)]
@@ -100,10 +105,12 @@ class Store:
                 self._handle(ev.Recovered(parts.recovered))
 
     @classmethod
-    def open(cls, config: Config, layout: Layout) -> Store:
+    def open(
+        cls, config: Config, layout: Layout, *, files_for: FilesFor | None = None
+    ) -> Store:
         """Open the tiers and recover what the cold tier holds.
 
-        Raises ConfigError for a tier that cannot work as configured, TierFailed for one whose
+        `files_for` makes another file engine than the configured one (fault injection). Raises ConfigError for a tier that cannot work as configured, TierFailed for one whose
         device or directory refuses.
         """
         if layout.block_tokens != config.block_tokens or layout.targets != config.pages.targets:
@@ -111,7 +118,7 @@ class Store:
                 f"the layout has blocks of {layout.block_tokens} tokens and {layout.targets}, the "
                 f"configuration {config.block_tokens} and {config.pages.targets}; take them from it"
             )
-        return cls(config, layout, assemble(config, layout))
+        return cls(config, layout, assemble(config, layout, files_for=files_for))
 
     def __enter__(self) -> Store:
         return self
@@ -157,8 +164,8 @@ class Store:
         """
         rows = self._rows(out)
         wanted = min(match.blocks - first_block, rows.shape[1])
-        deadline = time.monotonic() + self.config.transfer.demand_deadline_ms / 1e3
-        held = self._acquire(match, first_block, min(wanted, self._window))
+        deadline = time.monotonic() + self._demand_s
+        held = self._acquire_soon(match, first_block, wanted, deadline)
         done = 0
         while held.count:
             # The next window is fetched from disk while this one is copied.
@@ -187,33 +194,33 @@ class Store:
                 self._handle(ev.Touch(match.keys))  # windows were used root first; see `Touch`
         return done
 
-    def lease(self, match: Match) -> Lease:
-        """Bring a match into memory and keep it there until the lease is left.
+    def lease(self, match: Match, *, first_block: int = 0) -> Lease:
+        """Bring blocks ``first_block ..`` of a match into memory and keep them until it is left.
 
         It may hold fewer blocks than the match: see `get`, which needs less memory at a time.
         """
-        held = self._acquire(match, 0, match.blocks)
-        self._wait(held.waits, time.monotonic() + self.config.transfer.demand_deadline_ms / 1e3)
+        held = self._acquire(match, first_block, match.blocks - first_block)
+        self._wait(held.waits, time.monotonic() + self._demand_s)
         with self._lock:
             parts = self._planner.located(held.lease)
         return Lease(self, held, parts)
 
     def _acquire(self, match: Match, first: int, count: int) -> _Held:
+        keys = match.keys[first : first + count]
         with self._lock:
-            self._pump()
-            event = ev.Acquire(match.keys[: first + count], first, count, match.namespace)  # type: ignore[arg-type]
-            grant = self._handle(event)[-1]
-            assert isinstance(grant, ev.Grant)
+            if self._engine.has_results:
+                self._pump()
+            grant = self._handle(ev.Acquire(keys, match.namespace))[-1]  # type: ignore[arg-type]
+            assert type(grant) is ev.Grant
             parts = None if grant.waits else self._planner.located(grant.lease)
         return _Held(grant.lease, grant.count, grant.waits, parts)
 
     def _acquire_soon(self, match: Match, first: int, count: int, deadline: float) -> _Held:
         """As `_acquire`, waiting for transfers that may make room, until the deadline."""
         while True:
+            ended = self._engine.ended
             held = self._acquire(match, first, min(count, self._window))
-            if held.count or not self._engine.busy:
-                return held
-            if not self._wait_any(deadline):
+            if held.count or not count or not self._wait_for_room(ended, deadline):
                 return held
             self._release(held)
 
@@ -288,9 +295,10 @@ class Store:
         offered = len(chain) - first_block
         if offered <= 0:
             return 0
-        deadline = time.monotonic() + self.config.transfer.put_deadline_ms / 1e3
+        deadline = time.monotonic() + self._put_s
         done = 0
         while True:
+            ended = self._engine.ended
             with self._lock:
                 self._pump()
                 out = self._handle(ev.Put(chain, first_block + done, namespace))  # type: ignore[arg-type]
@@ -299,9 +307,7 @@ class Store:
             if short is None:
                 return offered
             done += short.index
-            if not short.index and not self._engine.busy:
-                return done
-            if self._engine.busy and not self._wait_any(deadline):
+            if not self._wait_for_room(ended, deadline) and not short.index:
                 return done
 
     def _fill(self, instructions: Iterable[ev.AnyInstruction], rows: Rows) -> None:
@@ -349,13 +355,17 @@ class Store:
         deadline = time.monotonic() + deadline_s
         movement = self._planner.movement
         if self._cold is None:
-            return not movement.dirty
+            return not len(self._planner.index)
+        left: int | None = None
         while True:
             with self._lock:
                 self._pump()
+                dirty = len(movement.dirty)
+                if left is not None and dirty >= left:
+                    break  # what was tried did not land: the disk refuses
+                left = dirty or None
                 self._handle(ev.Flush())
                 pending = movement.write_backs()
-                dirty = bool(movement.dirty)
             if not pending:
                 break
             if not self._wait(pending, deadline):
@@ -453,10 +463,12 @@ class Store:
         if self._log is not None:
             self._log.append(entry_line(now, event, out))
         for item in out:
+            if type(item) in _FOR_CALLERS:
+                continue
             if isinstance(item, Transfer):
                 deadline = None
                 if item.urgency is Urgency.DEMAND:
-                    deadline = now + self.config.transfer.demand_deadline_ms * 1_000_000
+                    deadline = now + int(self._demand_s * 1e9)
                 self._engine.submit(item, deadline_ns=deadline)
             elif isinstance(item, ev.Raise):
                 self._engine.promote(item.transfer, item.urgency)
@@ -488,11 +500,12 @@ class Store:
                 self._pump()
         return True
 
-    def _wait_any(self, deadline: float) -> bool:
-        """Until any transfer has ended; False at the deadline."""
-        before = self._engine.ended
+    def _wait_for_room(self, ended: int, deadline: float) -> bool:
+        """Until more than `ended` transfers have ended; False if none will, or at the deadline."""
+        if not self._engine.busy:
+            return self._engine.ended != ended
         return self._engine.wait(
-            deadline - time.monotonic(), until=lambda: self._engine.ended != before
+            deadline - time.monotonic(), until=lambda: self._engine.ended != ended
         )
 
     def _erase(self, instructions: Iterable[ev.AnyInstruction]) -> None:
@@ -516,6 +529,13 @@ class Store:
     def _rows(self, data: Rows) -> Rows:
         """KV bytes in the store's shape, or GeometryMismatch."""
         plan = self.plan
+        if (
+            isinstance(data, np.ndarray)
+            and data.ndim == 3
+            and data.dtype == np.uint8
+            and data.shape[::2] == self._rows_shape
+        ):
+            return data
         shape = tuple(data.shape)
         dtype = str(data.dtype).removeprefix("torch.")
         if len(shape) != 3 or shape[0] != plan.layers or shape[2] != plan.block_layer_bytes:

@@ -78,8 +78,15 @@ class KVGeometry:
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim", "tp_size"):
-            if getattr(self, name) < 1:
-                raise GeometryMismatch(f"{name} must be at least 1, got {getattr(self, name)}")
+            _check_count(name, getattr(self, name))
+        if self.value_dim is not None:
+            _check_count("value_dim", self.value_dim)
+        try:
+            object.__setattr__(self, "form", Form(self.form))
+        except ValueError:
+            raise GeometryMismatch(f"form {self.form!r} is not one of kv, latent") from None
+        if self.value_dim == self.head_dim:
+            object.__setattr__(self, "value_dim", None)  # one shape, one fingerprint
         if not 0 <= self.tp_rank < self.tp_size:
             raise GeometryMismatch(f"tp_rank {self.tp_rank} is outside 0..{self.tp_size - 1}")
         if self.dtype not in DTYPE_BYTES:
@@ -88,7 +95,8 @@ class KVGeometry:
             raise GeometryMismatch("a latent cache has kv_heads=1 and no value_dim")
         if self.kv_heads % self.tp_size and self.tp_size % self.kv_heads:
             raise GeometryMismatch(
-                f"{self.kv_heads} KV heads neither divide over nor replicate to {self.tp_size} ranks"
+                f"{self.kv_heads} KV heads neither divide over {self.tp_size} ranks "
+                "nor replicate to them"
             )
 
     @property
@@ -125,8 +133,7 @@ class PageTargets:
 
     def __post_init__(self) -> None:
         for name in ("hot_bytes", "warm_bytes", "cold_bytes"):
-            if getattr(self, name) < 1:
-                raise GeometryMismatch(f"{name} must be at least 1, got {getattr(self, name)}")
+            _check_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,18 +154,16 @@ class PagePlan:
         cls, geometry: KVGeometry, *, block_tokens: int = 16, targets: PageTargets | None = None
     ) -> PagePlan:
         """Round the targets: down to what fits, but never below one token, block or warm page."""
-        if block_tokens < 1:
-            raise GeometryMismatch(f"block_tokens must be at least 1, got {block_tokens}")
+        _check_count("block_tokens", block_tokens)
         targets = targets or PageTargets()
         itemsize = DTYPE_BYTES[geometry.dtype]
-        # Planes of unequal width are cut at their common slice, so that every hot page is equal.
         widths = [dim * itemsize for dim in geometry.plane_dims]
         block_layer_bytes = block_tokens * sum(widths)
-        if len(set(widths)) == 1:
-            hot_tokens = _largest_divisor(block_tokens, targets.hot_bytes // widths[0])
-            hot_bytes = hot_tokens * widths[0]
-        else:
-            hot_tokens, hot_bytes = block_tokens, block_layer_bytes
+        # One plane of some tokens; where V is narrower than K, as many bytes as both of them take,
+        # so that pages are equal and cut a block's layer without a rest.
+        token_bytes = widths[0] if len(set(widths)) == 1 else sum(widths)
+        hot_tokens = _largest_divisor(block_tokens, targets.hot_bytes // token_bytes)
+        hot_bytes = hot_tokens * token_bytes
         warm_blocks = max(1, targets.warm_bytes // (geometry.layers * block_layer_bytes))
         warm_bytes = align_up(warm_blocks * geometry.layers * block_layer_bytes, ALIGN_BYTES)
         return cls(
@@ -226,6 +231,9 @@ class Layout:
     engine_layout: str = "canonical"
     targets: PageTargets = field(default_factory=PageTargets)
 
+    def __post_init__(self) -> None:
+        _check_count("block_tokens", self.block_tokens)
+
     @property
     def pages(self) -> PagePlan:
         """Page sizes for this layout."""
@@ -247,7 +255,7 @@ class Layout:
         }
         digest = hashlib.sha256(b"tierkv/layout/1")
         for name in sorted(fields):
-            item = f"{name}={fields[name]}".encode()
+            item = f"{name}={fields[name]}".encode("utf-8", "surrogatepass")
             digest.update(len(item).to_bytes(4, "little") + item)
         return digest.digest()
 
@@ -255,6 +263,11 @@ class Layout:
 def align_up(value: int, step: int) -> int:
     """The smallest multiple of `step` that is at least `value`."""
     return -(-value // step) * step
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise GeometryMismatch(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -29,7 +29,10 @@ class Stats:
 
     def add(self, name: str, amount: int, *labels: str) -> None:
         """Add `amount` to the counter of `name` with these label values."""
-        self._counters.setdefault(name, Counter())[labels] += amount
+        family = self._counters.get(name)
+        if family is None:
+            family = self._counters[name] = Counter()
+        family[labels] = family.get(labels, 0) + amount
 
     def get(self, name: str, *labels: str) -> int:
         """One counter's value; 0 if it was never touched."""

@@ -14,10 +14,13 @@ class TierId(IntEnum):
     HOST = 1
     COLD = 2
 
-    @property
-    def label(self) -> str:
-        """The name used in configuration, counters and reports."""
-        return self.name.lower()
+    label: str  # the name used in configuration, counters and reports
+
+    def __new__(cls, number: int) -> TierId:
+        member = int.__new__(cls, number)
+        member._value_ = number
+        member.label = ("device", "host", "cold")[number]
+        return member
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,9 @@ def format_bytes(size: int) -> str:
     """`size` in the largest binary unit that is not above it: ``1.5 GiB``, ``768 B``."""
     for unit, factor in reversed(BINARY_UNITS.items()):
         if abs(size) >= factor:
-            return f"{size / factor:.4g} {unit}" if size % factor else f"{size // factor:,} {unit}"
+            amount = size / factor
+            is_exact = size % factor == 0 or abs(amount) >= 1000
+            return f"{amount:,.0f} {unit}" if is_exact else f"{amount:.4g} {unit}"
     return f"{size} B"
 
 

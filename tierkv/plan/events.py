@@ -47,11 +47,9 @@ class Filled(Event, frozen=True):
 
 
 class Acquire(Event, frozen=True):
-    """Blocks `first .. first + count` of a known chain are wanted in memory, pinned."""
+    """Consecutive blocks of a chain are wanted in memory, pinned."""
 
     keys: list[bytes]
-    first: int
-    count: int
     namespace: str
 
 

@@ -85,8 +85,9 @@ class Movement:
 
     def _take(self, table: TierTable, tier: TierId, count: int, namespace: str) -> list[Span]:
         spans = table.pool.take(count, namespace, self._quota_left(tier, namespace))
+        pins = table.pins
         for span in spans:
-            table.pin(span.page)  # before anything else may evict it
+            pins[span.page] += 1  # before anything else may evict it
         return spans
 
     def _quota_left(self, tier: TierId, namespace: str) -> int:
@@ -102,14 +103,21 @@ class Movement:
         wanted = pages if own_only else pages - pool.free_pages
 
         def is_evictable(page: int) -> bool:
-            if pins[page] or pool.is_sealed(page) or (own_only and pool.owner[page] != namespace):
+            # A sealed page is pinned by the transfer that sealed it.
+            if pins[page] or (own_only and pool.owner[page] != namespace):
                 return False
             return not self.held or self.held.isdisjoint(table.blocks_in(page))
 
-        for page in self.policies[tier].evict(max(0, wanted), is_evictable):
-            if not self._save(tier, page, now_ns, out):
-                self.stats.add("tierkv_evicted_pages_total", 1, tier.label)
-                self.drop(tier, table.blocks_in(page))
+        victims = self.policies[tier].evict(max(0, wanted), is_evictable)
+        if any(other > tier for other in self.tables):
+            victims = [page for page in victims if not self._save(tier, page, now_ns, out)]
+        if victims:
+            self.stats.add("tierkv_evicted_pages_total", len(victims), tier.label)
+            blocks = table.clear(victims)
+            if self.dirty or self.prefetched:
+                for page in victims:
+                    self._freed(tier, page)
+            self._lost(tier, blocks)
 
     def _save(self, tier: TierId, page: int, now_ns: int, out: Out) -> bool:
         """Copy a page down before it goes, if it holds the only copy of something."""
@@ -133,10 +141,18 @@ class Movement:
         for page in pages:
             if page not in table.pool.owner:
                 self.policies[tier].forget(page)
-                if tier is TierId.HOST:
-                    self.dirty.discard(page)
-                    self._count_prefetch(page, "wasted")
-        if tier is TierId.COLD and TierId.HOST in self.tables:
+                self._freed(tier, page)
+        self._lost(tier, blocks)
+
+    def _freed(self, tier: TierId, page: int) -> None:
+        if tier is TierId.HOST:
+            self.dirty.discard(page)
+            if self.prefetched:
+                self._count_prefetch(page, "wasted")
+
+    def _lost(self, tier: TierId, blocks: Sequence[int]) -> None:
+        """Blocks left a tier: host copies of cold blocks are dirty again."""
+        if tier is TierId.COLD:
             host = self.tables[TierId.HOST]
             self.dirty.update(
                 host.place[b] // host.page_blocks for b in blocks if host.ready[b] >= 0
@@ -151,21 +167,13 @@ class Movement:
             self.policies[tier].forget(page)
 
     def prune(self) -> None:
-        """Remove from the index what is resident nowhere, leaves first, gaps above included.
+        """Remove from the index what is resident nowhere.
 
         Once an event, at its end: until then a block that is about to be placed would look idle.
         """
-        index, tables = self.index, list(self.tables.values())
-        for block in reversed(self.loose):
-            at = block
-            while (
-                at != ROOT
-                and index.is_known(at)
-                and index.is_leaf(at)
-                and all(table.place[at] == NO_PLACE for table in tables)
-            ):
-                self.held.discard(at)
-                at = index.remove(at)
+        gone = self.index.prune(self.loose, [table.place for table in self.tables.values()])
+        if self.held:
+            self.held.difference_update(gone)
         self.loose.clear()
 
     # ---- moves

@@ -14,6 +14,7 @@ A transfer that is not finished is not a hit: only READY blocks are granted.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,7 +44,7 @@ class Ticket:
     """A fill under way."""
 
     tier: TierId
-    blocks: list[int]
+    blocks: Sequence[int]
     pages: list[int]
 
 
@@ -86,6 +87,7 @@ class Planner:
         self.tickets: dict[int, Ticket] = {}
         self.leases: dict[int, LeaseRecord] = {}
         self._host = self.tables[TierId.HOST]
+        self._has_ttl = any(space.ttl_ns is not None for space in spec.namespaces)
         self._namespaces = {n.name: n for n in spec.namespaces}
         self._next_number = 0
         self._expire = _Clock()
@@ -189,21 +191,29 @@ class Planner:
             self.movement.cancel_prefetches(out)
             out.append(ev.Short(placed, list(self.movement.flights)))
         if placed is not None or not blocks:
-            self.movement.loose.extend(ids)
+            self.movement.loose.extend(ids)  # what was not placed is known for nothing
 
     def _fill(
-        self, tier: TierId, blocks: list[int], namespace: str, now_ns: int, out: Out
+        self, tier: TierId, blocks: Sequence[int], namespace: str, now_ns: int, out: Out
     ) -> int | None:
         """Place what the tier lacks; gives the index of the first block left out, if any."""
         table = self.tables[tier]
-        place = table.place
-        indices = [number for number, block in enumerate(blocks) if place[block] < 0]
+        places = list(map(table.place.__getitem__, blocks))
+        if not places or max(places) < 0:
+            indices = list(range(len(blocks)))
+        elif min(places) >= 0:
+            return None
+        else:
+            indices = [number for number, at in enumerate(places) if at < 0]
         if not indices:
             return None
         spans = self.movement.room(tier, len(indices), namespace, now_ns, out)
-        taken = sum(span.count for span in spans)
+        taken = sum([span.count for span in spans])
         if taken:
-            filled = [blocks[number] for number in indices[:taken]]
+            if taken == len(blocks):
+                filled = blocks
+            else:
+                filled = [blocks[number] for number in indices[:taken]]
             table.fill(filled, spans)
             ticket = self._number()
             self.tickets[ticket] = Ticket(tier, filled, [span.page for span in spans])
@@ -212,22 +222,25 @@ class Planner:
 
     def _filled(self, event: ev.Filled, now_ns: int, out: Out) -> None:
         ticket = self.tickets.pop(event.ticket)
-        tier, table, movement = ticket.tier, self.tables[ticket.tier], self.movement
-        if event.ok:
-            table.publish(ticket.blocks)
-            policy = movement.policies[tier]
-            for page in reversed(ticket.pages):
-                policy.track(page, now_ns)
-        for page in ticket.pages:
-            movement.unpin(tier, page)
+        tier, movement = ticket.tier, self.movement
+        table = self.tables[tier]
         if not event.ok:
             movement.drop(tier, ticket.blocks)
+            for page in ticket.pages:
+                movement.unpin(tier, page)
             return
+        table.publish(ticket.blocks)
+        policy, pins = movement.policies[tier], table.pins
+        for page in reversed(ticket.pages):
+            policy.track(page, now_ns)
+            pins[page] -= 1  # it holds blocks, so it is not freed by this
         if tier is TierId.HOST:
-            movement.dirty.update(ticket.pages)
-            full = [p for p in dict.fromkeys(ticket.pages) if not table.pool.is_open(p)]
-            movement.write_back(full, ev.Urgency.DEMOTE, now_ns, out)
-            self._start_ttl(ticket, now_ns)
+            if TierId.COLD in self.tables:
+                movement.dirty.update(ticket.pages)
+                full = [p for p in dict.fromkeys(ticket.pages) if not table.pool.is_open(p)]
+                movement.write_back(full, ev.Urgency.DEMOTE, now_ns, out)
+            if self._has_ttl:
+                self._start_ttl(ticket, now_ns)
 
     def _start_ttl(self, ticket: Ticket, now_ns: int) -> None:
         namespace = self._host.pool.owner.get(ticket.pages[0], "")
@@ -240,10 +253,9 @@ class Planner:
 
     def _acquire(self, event: ev.Acquire, now_ns: int, out: Out) -> None:
         keys: list[BlockKey] = event.keys  # type: ignore[assignment]
-        blocks = self.index.match(keys)[event.first : event.first + event.count]
-        host = self._host
-        if TierId.DEVICE not in self.tables and len(blocks) == event.count:
-            places = list(map(host.ready.__getitem__, blocks))
+        blocks = self.index.match(keys)
+        if TierId.DEVICE not in self.tables and len(blocks) == len(keys):
+            places = list(map(self._host.ready.__getitem__, blocks))
             if places and min(places) >= 0:
                 self._grant_host(blocks, places, event.namespace, now_ns, out)
                 return
@@ -259,8 +271,12 @@ class Planner:
             pins[span.page] += 1
         record = LeaseRecord(blocks, [(TierId.HOST, span.page) for span in spans], namespace)
         record.ready = [Located(TierId.HOST, spans)]
-        self.stats.add("tierkv_hit_tokens_total", len(blocks) * self.spec.block_tokens, "host")
+        self._hits(TierId.HOST, len(blocks))
         self._settle(record, [], len(blocks), now_ns, out)
+
+    def _hits(self, tier: TierId, blocks: int) -> None:
+        amount = blocks * self.spec.block_tokens
+        self.stats.add("tierkv_hit_tokens_total", amount, tier.label)
 
     def _grant_mixed(self, blocks: list[int], namespace: str, now_ns: int, out: Out) -> None:
         record = LeaseRecord([], [], namespace)
@@ -305,8 +321,8 @@ class Planner:
                 record.pins.append((TierId.HOST, host.place[block] // size))
             count += 1
         del record.blocks[count:]
-        for tier in sources[:count]:
-            self.stats.add("tierkv_hit_tokens_total", self.spec.block_tokens, tier.label)
+        for tier, blocks_of in Counter(sources[:count]).items():
+            self._hits(tier, blocks_of)
         for number in waits:
             if movement.flights[number].urgency is not ev.Urgency.DEMAND:
                 movement.flights[number].urgency = ev.Urgency.DEMAND
@@ -341,9 +357,12 @@ class Planner:
             self._fill(TierId.DEVICE, record.blocks, record.namespace, now_ns, out)
 
     def _release(self, event: ev.Release, now_ns: int, out: Out) -> None:
-        unpin = self.movement.unpin
         for tier, page in self.leases.pop(event.lease).pins:
-            unpin(tier, page)
+            table = self.tables[tier]
+            if table.pins[page] > 1 or table.pool.used[page]:
+                table.pins[page] -= 1
+            else:
+                self.movement.unpin(tier, page)
 
     def _touch(self, event: ev.Touch, now_ns: int, out: Out) -> None:
         keys: list[BlockKey] = event.keys  # type: ignore[assignment]

@@ -58,25 +58,40 @@ class PagePool:
         for are returned when there are no more.
         """
         spans: list[Span] = []
-        index = 0
-        pages_left = len(self._free) if pages_max is None else pages_max
-        while index < count:
-            mark = self._open.get(namespace)
-            if mark is None:
-                if pages_left <= 0 or not self._free:
-                    break
-                pages_left -= 1
-                page = self._own(namespace)
-                mark = self._open[namespace] = [page, 0]
-            page, offset = mark
-            room = min(self.page_blocks - offset, count - index)
-            spans.append(Span(index, page, offset, room))
-            self.used[page] += room
-            index += room
-            mark[1] = offset + room
-            if mark[1] == self.page_blocks:
-                del self._open[namespace]
+        index, size = 0, self.page_blocks
+        mark = self._open.get(namespace)
+        if mark is not None:
+            index = self._advance(mark, count, 0, spans, namespace)
+        fresh = min(-(-(count - index) // size), len(self._free))
+        if pages_max is not None:
+            fresh = min(fresh, max(0, pages_max))
+        if fresh > 0:
+            free, owner, used, pop = self._free, self.owner, self.used, heapq.heappop
+            whole = min(fresh, (count - index) // size)
+            for _ in range(whole):
+                page = pop(free)
+                owner[page] = namespace
+                used[page] = size
+                spans.append(Span(index, page, 0, size))
+                index += size
+            self.owned[namespace] += whole
+            if fresh > whole:
+                mark = self._open[namespace] = [self._own(namespace), 0]
+                index = self._advance(mark, count, index, spans, namespace)
         return spans if index == count else spans + self._take_holes(index, count, namespace)
+
+    def _advance(
+        self, mark: list[int], count: int, index: int, spans: list[Span], namespace: str
+    ) -> int:
+        """Take from the open page behind its fill mark; gives the places taken so far."""
+        page, offset = mark
+        room = min(self.page_blocks - offset, count - index)
+        spans.append(Span(index, page, offset, room))
+        self.used[page] += room
+        mark[1] = offset + room
+        if mark[1] == self.page_blocks:
+            del self._open[namespace]
+        return index + room
 
     def take_page(self, namespace: str) -> int | None:
         """Take one whole page, all its places used; None if no page is free."""
@@ -106,10 +121,23 @@ class PagePool:
         if mark is not None and mark[0] == page:
             del self._open[namespace]
         self._sealed.discard(page)
-        self._holes.pop(page, None)
-        self._holed.get(namespace, {}).pop(page, None)
+        if self._holes.pop(page, None) is not None:
+            self._holed.get(namespace, {}).pop(page, None)
         if page not in self.quarantined:
             heapq.heappush(self._free, page)
+
+    def release_full(self, pages: Iterable[int]) -> None:
+        """Give whole pages back with everything that was in them."""
+        owner, used, owned, free = self.owner, self.used, self.owned, self._free
+        holes, sealed, quarantined = self._holes, self._sealed, self.quarantined
+        opened = {mark[0] for mark in self._open.values()}
+        for page in pages:
+            used[page] = 0
+            if page in opened or page in holes or page in sealed or page in quarantined:
+                self.release(page)
+            else:
+                owned[owner.pop(page)] -= 1
+                heapq.heappush(free, page)
 
     def seal(self, page: int) -> None:
         """Give out no more places of this page until `unseal`."""

@@ -81,22 +81,32 @@ class RadixIndex:
         """The parent of a known block, or ROOT."""
         return self._parent[block]
 
-    def insert(self, keys: Sequence[BlockKey], *, parent: int = ROOT) -> list[int]:
-        """Make a chain known below `parent`; gives the ids of all its blocks, old and new."""
+    def insert(self, keys: Sequence[BlockKey], *, parent: int = ROOT) -> Sequence[int]:
+        """Make a chain known below `parent`; gives the ids of all its blocks, old and new.
+
+        The ids of new blocks are consecutive where they can be: then a `range` comes back, and
+        tables indexed by it are written by slices.
+        """
         ids = self.match(keys)
         fresh = keys[len(ids) :]
         if not fresh:
             return ids
         above = ids[-1] if ids else parent
         new = self._new_ids(len(fresh))
-        for block, key, before in zip(new, fresh, [above, *new[:-1]], strict=True):
-            self._keys[block] = key
-            self._parent[block] = before
-        self._ids.update(zip(fresh, new, strict=True))
         node = self._grow(above, new)
-        for block in new:
-            self._node_of[block] = node
-        return ids + new
+        if isinstance(new, range):
+            at = slice(new.start, new.stop)
+            self._keys[at] = fresh
+            self._parent[at] = [above, *new[:-1]]
+            self._node_of[at] = [node] * len(new)
+        else:
+            for block, key in zip(new, fresh, strict=True):
+                self._keys[block] = key
+                self._parent[block] = above
+                self._node_of[block] = node
+                above = block
+        self._ids.update(zip(fresh, new, strict=True))
+        return [*ids, *new] if ids else new
 
     def is_leaf(self, block: int) -> bool:
         """Whether nothing known continues this block."""
@@ -105,15 +115,35 @@ class RadixIndex:
 
     def remove(self, block: int) -> int:
         """Forget a leaf; gives its parent (or ROOT), which may have become a leaf."""
+        assert self.is_known(block), f"block {block} is not known"
         assert self.is_leaf(block), f"block {block} has children; remove those first"
-        node = self._node_of[block]
-        node.blocks.pop()
-        if not node.blocks:
-            self._detach(node, block)
-        del self._ids[self.key(block)]
-        self._keys[block] = None
-        self._free.append(block)
+        self._cut(self._node_of[block], 1)
         return self._parent[block]
+
+    def prune(self, blocks: Sequence[int], places: Sequence[list[int]]) -> list[int]:
+        """Forget blocks that no table of `places` has, leaves first, with the gaps above them.
+
+        Those that something known continues stay. Gives what was forgotten.
+        """
+        gone: list[int] = []
+        first, others = places[0], places[1:]
+        for block in reversed(blocks):
+            if self._keys[block] is None:
+                continue
+            node: Node | None = self._node_of[block]
+            while node is not None and node is not self._root and not node.children:
+                run, above, count = node.blocks, node.parent, 0
+                for at in reversed(run):
+                    if first[at] >= 0 or any(place[at] >= 0 for place in others):
+                        break
+                    count += 1
+                if not count:
+                    break
+                gone += run[len(run) - count :]
+                emptied = count == len(run)
+                self._cut(node, count)
+                node = above if emptied else None
+        return gone
 
     def runs(self) -> Iterator[list[int]]:
         """Every run, parents before children."""
@@ -145,15 +175,21 @@ class RadixIndex:
                 stack.append((node, child))
         assert len(seen) == len(self._ids) == len(self._keys) - len(self._free)
 
-    def _new_ids(self, count: int) -> list[int]:
-        reused = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        start, extra = len(self._keys), count - len(reused)
-        self._keys += [None] * extra
-        self._parent += [ROOT] * extra
-        self._node_of += [self._root] * extra
-        return [*reused, *range(start, start + extra)]
+    def _new_ids(self, count: int) -> Sequence[int]:
+        free = self._free
+        if len(free) < count:
+            start = len(self._keys)
+            self._keys += [None] * count
+            self._parent += [ROOT] * count
+            self._node_of += [self._root] * count
+            return range(start, start + count)
+        # Removal goes leaf first, so the newest free ids, reversed, are usually consecutive.
+        reused = free[: -count - 1 : -1]
+        del free[-count:]
+        row = range(reused[0], reused[0] + count)
+        return row if reused[-1] == row[-1] and reused == list(row) else reused
 
-    def _grow(self, above: int, new: list[int]) -> Node:
+    def _grow(self, above: int, new: Sequence[int]) -> Node:
         """Put a run of new blocks below `above`, splitting its run if it goes on otherwise."""
         if above == ROOT:
             node = self._root
@@ -179,6 +215,19 @@ class RadixIndex:
             self._node_of[block] = tail
         del node.blocks[cut:]
         node.children = {tail.blocks[0]: tail}
+
+    def _cut(self, node: Node, count: int) -> None:
+        """Forget the last `count` blocks of a leaf run."""
+        run = node.blocks
+        tail = run[len(run) - count :]
+        del run[len(run) - count :]
+        if not run:
+            self._detach(node, tail[0])
+        names, ids = self._keys, self._ids
+        for block in tail:
+            del ids[names[block]]  # type: ignore[arg-type]
+            names[block] = None
+        self._free += reversed(tail)
 
     def _detach(self, node: Node, first: int) -> None:
         """Take an emptied node out, and merge its parent with an only child that is left."""

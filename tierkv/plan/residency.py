@@ -16,8 +16,6 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Final
 
-import numpy as np
-
 from tierkv.core.tier import Span
 from tierkv.plan.pool import PagePool
 
@@ -43,9 +41,10 @@ TRANSITIONS: Final = frozenset(
         (State.DRAINING, State.ABSENT),
     }
 )
-_ALLOWED: Final = np.zeros((len(State), len(State)), bool)
-for _before, _after in TRANSITIONS:
-    _ALLOWED[_before, _after] = True
+#: For each state, the states it may be entered from, as bytes.
+_BEFORE: Final = {
+    after: bytes(before for before, then in TRANSITIONS if then is after) for after in State
+}
 
 
 class TierTable:
@@ -58,7 +57,7 @@ class TierTable:
         self.block_at: list[int] = [NO_PLACE] * (pages * page_blocks)
         self.place: list[int] = []
         self.ready: list[int] = []
-        self._state = np.zeros(0, np.uint8)
+        self._state = bytearray()
 
     def grow(self, ids_end: int) -> None:
         """Make room for block ids below `ids_end`."""
@@ -66,31 +65,35 @@ class TierTable:
         if extra > 0:
             self.place += [NO_PLACE] * extra
             self.ready += [NO_PLACE] * extra
-            if ids_end > len(self._state):
-                self._state = np.resize(self._state, max(ids_end, 2 * len(self._state)))
-                self._state[ids_end - extra :] = State.ABSENT
+            self._state += bytes(extra)  # ABSENT
 
     def state(self, block: int) -> State:
         """The state of one block here."""
-        return State(int(self._state[block]))
+        return State(self._state[block])
 
     def fill(self, blocks: Sequence[int], spans: Iterable[Span]) -> None:
         """ABSENT → FILLING: blocks get the places of the spans."""
         place, block_at, size = self.place, self.block_at, self.page_blocks
+        self._move(blocks, State.FILLING)
         for index, page, offset, count in spans:
             start = page * size + offset
             run = blocks[index : index + count]
             block_at[start : start + count] = run
-            for at, block in enumerate(run, start):
-                place[block] = at
-            self._move(run, State.FILLING)
+            if isinstance(run, range):
+                place[run.start : run.stop] = range(start, start + count)
+            else:
+                for at, block in enumerate(run, start):
+                    place[block] = at
 
     def publish(self, blocks: Sequence[int]) -> None:
         """FILLING → READY: the bytes are complete."""
         self._move(blocks, State.READY)
         place, ready = self.place, self.ready
-        for block in blocks:
-            ready[block] = place[block]
+        if isinstance(blocks, range):
+            ready[blocks.start : blocks.stop] = place[blocks.start : blocks.stop]
+        else:
+            for block in blocks:
+                ready[block] = place[block]
 
     def drain(self, blocks: Sequence[int]) -> None:
         """READY → DRAINING: no new reader gets these bytes."""
@@ -108,6 +111,23 @@ class TierTable:
             page = at // size
             if self.pool.give(page, (at - page * size,)) and not self.pins[page]:
                 self.pool.release(page)
+
+    def clear(self, pages: Sequence[int]) -> list[int]:
+        """Any state → ABSENT for all blocks of unpinned pages, which become free; gives them."""
+        gone: list[int] = []
+        place, ready, block_at, size = self.place, self.ready, self.block_at, self.page_blocks
+        blank = [NO_PLACE] * size
+        for page in pages:
+            start = page * size
+            gone += block_at[start : start + size]
+            block_at[start : start + size] = blank
+        if NO_PLACE in gone:
+            gone = [block for block in gone if block != NO_PLACE]
+        self.pool.release_full(pages)
+        self._move(gone, State.ABSENT)
+        for block in gone:
+            place[block] = ready[block] = NO_PLACE
+        return gone
 
     def pin(self, page: int) -> None:
         """Keep a page where it is."""
@@ -158,11 +178,13 @@ class TierTable:
                     assert self.pool.used[page] == held > 0, f"page {page}: {held} blocks"
 
     def _move(self, blocks: Sequence[int], after: State) -> None:
-        if len(blocks) == 1:
-            before = self._state[blocks[0]]
-            assert _ALLOWED[before, after], f"{State(int(before)).name} → {after.name}"
-            self._state[blocks[0]] = after
-            return
-        at = np.fromiter(blocks, np.int64, len(blocks))
-        assert _ALLOWED[self._state[at], after].all(), f"an illegal move to {after.name}"
-        self._state[at] = after
+        state = self._state
+        if isinstance(blocks, range):
+            at = slice(blocks.start, blocks.stop)
+            wrong = state[at].strip(_BEFORE[after])
+            state[at] = bytes((after,)) * len(blocks)
+        else:
+            wrong = bytearray(map(state.__getitem__, blocks)).strip(_BEFORE[after])
+            for block in blocks:
+                state[block] = after
+        assert not wrong, f"{State(wrong[0]).name} → {after.name}"

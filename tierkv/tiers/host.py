@@ -1,9 +1,13 @@
 """Host tier: warm pages in one arena of our own.
 
-The arena is one anonymous mapping: bound to a NUMA node, advised for huge pages if asked,
-touched in parallel so that no first write pays for page faults, and registered with CUDA in
-chunks of at most 1 GiB where CUDA is there (one huge call can fail, vllm #51080). torch's own
-pinned allocator is not used: it neither binds nor grows that way.
+The arena is one anonymous mapping: bound to a NUMA node, advised for huge pages, touched in
+parallel so that no first write pays for page faults, and registered with CUDA in chunks of at
+most 1 GiB where CUDA is there (one huge call can fail, vllm #51080). torch's own pinned allocator
+is not used: it neither binds nor grows that way.
+
+Huge pages make copies faster, but on a fragmented host the kernel may compact memory for minutes
+before it gives one (TensorRT-LLM #15431). With ``hugepages="auto"`` the advice is withdrawn for
+the rest of the arena once a chunk takes longer than `_SLOW_CHUNK_S`.
 
 A page is ``(layers, page_blocks, block_layer_bytes)``; see `tierkv.core.geometry`. Reads and
 writes copy on the calling thread. Any thread, as long as no two touch the same place; the
@@ -16,9 +20,10 @@ import ctypes
 import logging
 import mmap
 import os
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +41,7 @@ _MADV_HUGEPAGE: Final = 14
 _MADV_DONTDUMP: Final = 16
 _MADV_POPULATE_WRITE: Final = 23
 _CHUNK_BYTES: Final = 64 * MIB
+_SLOW_CHUNK_S: Final = 1.0
 _REGISTER_BYTES: Final = GIB
 
 
@@ -48,7 +54,7 @@ class HostTier:
         *,
         pages: int,
         node: int | None = None,
-        hugepages: bool = False,
+        hugepages: Literal["off", "auto", "advise"] = "auto",
         threads: int = 0,
         cuda: bool = False,
     ) -> None:
@@ -73,8 +79,6 @@ class HostTier:
         arena = np.frombuffer(self._map, np.uint8)
         if self._node is not None:
             numa.bind(arena.ctypes.data, size, self._node)
-        if self._hugepages:
-            _advise(arena.ctypes.data, size, _MADV_HUGEPAGE)
         _advise(arena.ctypes.data, size, _MADV_DONTDUMP)  # KV bytes are chat text
         self._touch(arena)
         self.pages: Bytes = arena.reshape(-1, plan.warm_page_bytes)
@@ -118,11 +122,19 @@ class HostTier:
     def _touch(self, arena: Bytes) -> None:
         """Fault every page in, in parallel; madvise by ctypes drops the GIL."""
         base, size = arena.ctypes.data, arena.nbytes
+        advise = self._hugepages != "off"
 
         def touch(start: int) -> None:
+            nonlocal advise
             count = min(_CHUNK_BYTES, size - start)
+            if advise:
+                _advise(base + start, count, _MADV_HUGEPAGE)
+            begun = time.monotonic()
             if not _advise(base + start, count, _MADV_POPULATE_WRITE):
                 arena[start : start + count : mmap.PAGESIZE] = 0
+            if advise and self._hugepages == "auto" and time.monotonic() - begun > _SLOW_CHUNK_S:
+                logger.warning("huge pages are slow to get, going on without them")
+                advise = False
 
         with ThreadPoolExecutor(self._threads, "tierkv-touch") as pool:
             list(pool.map(touch, range(0, size, _CHUNK_BYTES)))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tierkv.core.errors import TierKVError
 from tierkv.core.geometry import PagePlan
 from tierkv.core.stats import Stats
 from tierkv.core.tier import Span, TierId
@@ -177,6 +178,9 @@ class TransferEngine:
             if begin:
                 try:
                     arrived = self._carry(batch.transfer, piece)
+                except TierKVError as error:
+                    logger.warning("transfer failed error=%s", error)
+                    arrived = [False] * len(piece)
                 except Exception:
                     # The end of the lane: whatever went wrong, the pages did not arrive.
                     logger.exception("transfer failed id=%d", batch.transfer.id)

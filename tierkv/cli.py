@@ -1,0 +1,205 @@
+"""The command: thin. Each body is a few lines around a module that can be used without it.
+
+Exit codes: 0 done; 1 it failed at run time; 2 wrong usage or configuration; 3 a check found
+damage. A user's mistake is a message on stderr, never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, Final, TypeAlias
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tierkv import __version__
+from tierkv.config import Config, read_config
+from tierkv.config_report import PlanRow, SettingRow, plan_rows, setting_rows
+from tierkv.config_yaml import ConfigFileError
+from tierkv.core.errors import ConfigError, TierKVError
+from tierkv.core.models import model_geometry
+from tierkv.doctor import State, examine
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+
+app = typer.Typer(
+    name="tierkv",
+    help="Tiered KV cache for LLM inference: device memory, host memory, NVMe.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Check, show and describe configuration files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile: TypeAlias = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point of the command `tierkv`."""
+    # A path or a terminal that is not UTF-8 gets escapes, not an exception.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except ConfigError as error:
+        _complain(error.report() if isinstance(error, ConfigFileError) else str(error))
+        sys.exit(EXIT_USAGE)
+    except TierKVError as error:
+        _complain(f"tierkv: {error}")
+        sys.exit(EXIT_FAILED)
+    except OSError as error:
+        _complain(f"tierkv: {error}")
+        sys.exit(EXIT_FAILED)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"tierkv {__version__}")
+        raise typer.Exit
+
+
+@config_app.command("check")
+def config_check(file: ConfigFile) -> None:
+    """Say everything that is wrong with FILE, with line and column."""
+    read_config(file)
+    typer.echo(f"{file}: ok")
+
+
+@config_app.command("show")
+def config_show(
+    file: ConfigFile,
+    *,
+    effective: Annotated[
+        bool, typer.Option("--effective", help="Also what the file leaves at default.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[:tpN][:DTYPE]", help="Page sizes and tokens for a model."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the settings of FILE came to, and where each came from."""
+    loaded = read_config(file)
+    settings = [row for row in setting_rows(loaded) if effective or row.is_set]
+    plan = plan_rows(loaded.value, model_geometry(model)) if model is not None else []
+    if as_json:
+        typer.echo(_show_json(file, settings, model, plan))
+        return
+    console = _console()
+    console.print(_setting_table(settings))
+    if model is not None:
+        console.print(_plan_table(model, plan))
+    elif effective:
+        console.print("For page sizes and tokens add --model, for example --model llama-3-8b.")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a configuration file, for editors."""
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor(
+    *,
+    directory: Annotated[
+        Path, typer.Option(help="Where the cold tier would live; probed if it exists.")
+    ] = Path("~/.cache/tierkv/cold"),
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine can do, and the cure for what it cannot."""
+    findings = examine(directory)
+    if as_json:
+        typer.echo(json.dumps([finding.as_dict() for finding in findings], indent=2))
+    else:
+        styles = {State.OK: "green", State.NOTE: "yellow", State.PROBLEM: "bold red"}
+        table = _table("", "what", "found")
+        for finding in findings:
+            cure = f"\n→ {finding.cure}" if finding.cure else ""
+            style = styles[finding.state]
+            table.add_row(
+                f"[{style}]{finding.state}[/]", finding.name, escape(finding.detail + cure)
+            )
+        _console().print(table)
+    if any(finding.state is State.PROBLEM for finding in findings):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def demo(
+    *,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures as JSON.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter document.")] = False,
+    directory: Annotated[
+        Path | None, typer.Option(help="Keep the cold tier here; found again by the next run.")
+    ] = None,
+) -> None:
+    """Run a small model on this CPU and show what each tier saves, and that no token differs."""
+    from tierkv.demo import run
+
+    raise typer.Exit(run(json_path=json_path, quick=quick, directory=directory))
+
+
+def _show_json(
+    file: Path, settings: list[SettingRow], model: str | None, plan: list[PlanRow]
+) -> str:
+    return json.dumps(
+        {
+            "file": str(file),
+            "settings": {row.path: {"value": row.value, "source": row.source} for row in settings},
+            "model": model,
+            "plan": {
+                row.name: {"value": row.value, "unit": row.unit, "note": row.note} for row in plan
+            },
+        },
+        indent=2,
+    )
+
+
+def _setting_table(rows: list[SettingRow]) -> Table:
+    table = _table("setting", "value", "from")
+    for row in rows:
+        table.add_row(escape(row.path), escape(row.shown), escape(row.source))
+    return table
+
+
+def _plan_table(model: str, rows: list[PlanRow]) -> Table:
+    table = _table(model, "size", "")
+    for row in rows:
+        table.add_row(row.name, row.shown, escape(row.note))
+    return table
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for header in headers:
+        table.add_column(escape(header), overflow="fold")
+    return table
+
+
+def _console() -> Console:
+    """Plain and wide where nobody looks, so that a pipe gets whole lines. NO_COLOR is rich's."""
+    is_seen = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if is_seen else 160)
+
+
+def _complain(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+if __name__ == "__main__":
+    main()

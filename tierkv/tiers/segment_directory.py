@@ -1,0 +1,433 @@
+"""The cold tier's directory: lock, manifest, and segment files; knows nothing of pages' contents.
+
+Names::
+
+    lock                    flock held while the directory is open; holds the pid, for the message
+    manifest                JSON line, its xxh3-128 in hex, blanks up to a multiple of 4096 bytes
+    segment-00000003.tkv    see `segment_format`
+    *.tmp                   one of the above being made; removed at the next open
+
+Invariants:
+- A manifest or segment under its final name is complete: tmp name, sync, rename, sync of the root.
+- `begin` makes the epoch durable before a page can be written, and no epoch is used twice, so a
+  generation (epoch << 40 | count) never comes back, even if a directory is restored from a copy of
+  its segments.
+- The manifest says `clean` only between a good `close` and the next `begin`.
+
+A lost or damaged manifest is made again from the segment headers: it holds nothing else that a
+cache could not do without. Single owner, except `ensure` and `segments`: any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import secrets
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tierkv.core.errors import CorruptData, GeometryMismatch, TierFailed, TierFull
+from tierkv.core.geometry import ALIGN_BYTES, PagePlan, align_up
+from tierkv.tiers.files.base import FileEngine, aligned_array
+from tierkv.tiers.segment_format import (
+    FORMAT_VERSION,
+    SEGMENT_HEADER_BYTES,
+    STORE_ID_BYTES,
+    SegmentShape,
+    encode_segment_header,
+    parse_segment_header,
+)
+
+logger = logging.getLogger(__name__)
+
+EPOCH_SHIFT: Final = 40
+_EPOCHS_MAX: Final = (1 << 24) - 1
+_MANIFEST_BYTES_MAX: Final = 1 << 20
+_SEGMENT_NAME: Final = re.compile(r"segment-(\d{8})\.tkv", re.ASCII)
+_TMP_NAME: Final = re.compile(r"(manifest|segment-\d{8}|probe-\d+-\d+)\.tmp", re.ASCII)
+
+
+@dataclass(slots=True)
+class SegmentFile:
+    """An open segment: its handle, and how many slots its length holds."""
+
+    number: int
+    handle: int
+    slots: int
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the directory holds. `segments` is as of the last open or close: a check, no truth."""
+
+    format: int
+    store_id: Annotated[str, msgspec.Meta(pattern=f"^[0-9a-f]{{{2 * STORE_ID_BYTES}}}$")]
+    fingerprint: str
+    layers: int
+    block_tokens: int
+    block_layer_bytes: int
+    warm_page_blocks: int
+    warm_page_bytes: int
+    pages_per_segment: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
+    segments: list[int]
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    clean: bool
+
+
+class _FormatOnly(msgspec.Struct):
+    format: int
+
+
+class SegmentDirectory:
+    """Segment files by number beneath one locked root."""
+
+    def __init__(
+        self,
+        files: FileEngine,
+        plan: PagePlan,
+        fingerprint: bytes,
+        *,
+        pages_max: int,
+        pages_per_segment: int,
+    ) -> None:
+        self.segments: dict[int, SegmentFile] = {}
+        #: What `open` found wrong and put right, in words.
+        self.findings: list[str] = []
+        self.shape = SegmentShape.of(
+            plan, fingerprint=fingerprint, store_id=b"", pages_per_segment=pages_per_segment
+        )
+        self._files = files
+        self._plan = plan
+        self._pages_max = pages_max
+        self._manifest: Manifest | None = None
+        self._lock_handle: int | None = None
+        self._creating = threading.Lock()
+
+    def open(self) -> bool:
+        """Lock the directory and open its segments; True if it was closed cleanly.
+
+        Segments beyond the capacity and segments of another store are removed. Raises TierFailed
+        if the directory is in use, unsafe, or holds another layout; nothing is changed then.
+        """
+        self._lock_handle = self._take_lock()
+        try:
+            manifest = self._load_manifest()
+            self.shape = SegmentShape.of(
+                self._plan,
+                fingerprint=self.shape.fingerprint,
+                store_id=bytes.fromhex(manifest.store_id),
+                pages_per_segment=manifest.pages_per_segment,
+            )
+            self._remove_stale_files()
+            for name, number in self._segment_names():
+                self._open_segment(name, number)
+        except BaseException:
+            self.release()
+            raise
+        for number in set(manifest.segments) - set(self.segments):
+            if number * manifest.pages_per_segment < self._pages_max:
+                self.findings.append(f"segment {number} of the manifest is missing")
+        self._manifest = manifest
+        return manifest.clean
+
+    def begin(self, epoch_seen: int) -> int:
+        """Start and make durable an epoch above `epoch_seen` and all earlier ones; returns it."""
+        manifest = self._opened()
+        epoch = max(manifest.epoch, epoch_seen) + 1
+        if epoch > _EPOCHS_MAX:
+            raise TierFailed("no epochs are left in this directory; cure: remove its contents")
+        self._write_manifest(epoch=epoch, clean=False)
+        return epoch
+
+    def ensure(self, page: int) -> SegmentFile:
+        """The segment of `page`, made or grown if need be. Raises OSError. Any thread."""
+        number = self.shape.segment_of(page)
+        slot = page % self.shape.pages_per_segment
+        segment = self.segments.get(number)
+        if segment is not None and slot < segment.slots:
+            return segment
+        # Rare: once per segment. The second thread in finds the first one's segment.
+        with self._creating:
+            slots = self.slots_wanted(number)
+            segment = self.segments.get(number)
+            if segment is None:
+                segment = self._create(number, slots)
+                self.segments[number] = segment
+            elif slot >= segment.slots:
+                self._files.preallocate(segment.handle, self.shape.segment_bytes(slots))
+                segment.slots = slots
+            return segment
+
+    def slots_wanted(self, number: int) -> int:
+        """Slots of a segment that the capacity covers."""
+        per_segment = self.shape.pages_per_segment
+        return max(0, min(per_segment, self._pages_max - number * per_segment))
+
+    def close(self, *, clean: bool) -> None:
+        """Write down how it ended, and unlock, whatever happens."""
+        try:
+            self._write_manifest(epoch=self._opened().epoch, clean=clean)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Close all handles and unlock, writing nothing."""
+        for segment in self.segments.values():
+            self._files.close(segment.handle)
+        self.segments.clear()
+        self._manifest = None
+        if self._lock_handle is not None:
+            self._files.close(self._lock_handle)
+            self._lock_handle = None
+
+    def check(self) -> list[str]:
+        """What is wrong with the manifest, segment headers or names now; empty if all is well."""
+        found: list[str] = []
+        try:
+            if self._read_manifest() != self._manifest:
+                found.append("manifest: it is not the one that was written")
+        except (CorruptData, TierFailed, OSError) as error:
+            found.append(f"manifest: {error}")
+        for number, segment in sorted(self.segments.items()):
+            try:
+                self._expect_segment(segment.handle, number)
+            except (CorruptData, GeometryMismatch, OSError) as error:
+                found.append(f"segment {number}: {error}")
+        known = {"lock", "manifest"} | {_segment_name(number) for number in self.segments}
+        found += [f"unknown file {name!r}" for name in self._files.names() if name not in known]
+        return found
+
+    def _opened(self) -> Manifest:
+        if self._manifest is None:
+            raise TierFailed("the cold tier is not open")
+        return self._manifest
+
+    def _take_lock(self) -> int:
+        try:
+            handle = self._files.lock("lock")
+        except BlockingIOError as error:
+            raise TierFailed(
+                f"the cold directory is in use by {self._lock_holder()}; cure: stop it, or give "
+                "this store a directory of its own"
+            ) from error
+        text = aligned_array(ALIGN_BYTES, ALIGN_BYTES)
+        text[:] = _padded(f"pid {os.getpid()}".encode())
+        # The text only serves the message above; the lock holds without it.
+        with suppress(OSError):
+            self._files.write(handle, 0, [text.data])
+        return handle
+
+    def _lock_holder(self) -> str:
+        try:
+            text = bytes(self._read_file("lock")[:64]).split(b"\n")[0].decode("ascii")
+        except (CorruptData, OSError, UnicodeDecodeError):
+            return "another process"
+        return text if re.fullmatch(r"pid \d{1,10}", text, re.ASCII) else "another process"
+
+    def _segment_names(self) -> list[tuple[str, int]]:
+        matches = ((name, _SEGMENT_NAME.fullmatch(name)) for name in self._files.names())
+        return [(name, int(match[1])) for name, match in matches if match]
+
+    def _remove_stale_files(self) -> None:
+        """Remove half-made files, and segments that lie wholly beyond the capacity."""
+        stale = [name for name in self._files.names() if _TMP_NAME.fullmatch(name)]
+        stale += [name for name, number in self._segment_names() if not self.slots_wanted(number)]
+        for name in stale:
+            self._files.unlink(name)
+        if stale:
+            self._files.sync_root()
+
+    def _open_segment(self, name: str, number: int) -> None:
+        handle = self._files.open(name)
+        try:
+            self._expect_segment(handle, number)
+        except GeometryMismatch as error:
+            # Its name is ours and needed, and no page in it can be one that this store wrote.
+            self._files.close(handle)
+            self._files.unlink(name)
+            self._found(f"{name} was removed: {error}")
+            return
+        except CorruptData as error:
+            # Pages say themselves whose they are, so the header is all that is lost.
+            self._write_segment_header(handle, number)
+            self._found(f"{name}: its header was made again: {error}")
+        except OSError as error:
+            self._found(f"{name}: its header cannot be read: {error}")
+        slots = (self._files.size(handle) - SEGMENT_HEADER_BYTES) // self.shape.slot_bytes
+        slots = max(0, min(slots, self.slots_wanted(number)))
+        self.segments[number] = SegmentFile(number, handle, slots)
+
+    def _found(self, finding: str) -> None:
+        self.findings.append(finding)
+        logger.warning("cold directory repaired finding=%s", finding)
+
+    def _expect_segment(self, handle: int, number: int) -> None:
+        """CorruptData if a segment's header is damaged, GeometryMismatch if it is not ours."""
+        shape, found = self._read_segment_header(handle)
+        if (shape, found) != (self.shape, number):
+            raise GeometryMismatch(
+                f"expected segment {number} of store {self.shape.store_id.hex()}, "
+                f"found segment {found} of store {shape.store_id.hex()}"
+            )
+
+    def _read_segment_header(self, handle: int) -> tuple[SegmentShape, int]:
+        if self._files.size(handle) < SEGMENT_HEADER_BYTES:
+            raise CorruptData("the file is shorter than a segment header")
+        header = aligned_array(SEGMENT_HEADER_BYTES, ALIGN_BYTES)
+        self._files.read(handle, 0, [header.data])
+        return parse_segment_header(header.data)
+
+    def _write_segment_header(self, handle: int, number: int) -> None:
+        header = aligned_array(SEGMENT_HEADER_BYTES, ALIGN_BYTES)
+        encode_segment_header(self.shape, number, header.data)
+        self._files.write(handle, 0, [header.data])
+        self._files.sync(handle)
+
+    def _create(self, number: int, slots: int) -> SegmentFile:
+        tmp = f"segment-{number:08d}.tmp"
+        handle = self._files.open(tmp, create=True)
+        try:
+            self._files.preallocate(handle, self.shape.segment_bytes(slots))
+            self._write_segment_header(handle, number)
+            self._files.rename(tmp, _segment_name(number))
+            self._files.sync_root()
+        except OSError:
+            self._files.close(handle)
+            # A file that got its final name is complete; the next open adopts it.
+            with suppress(OSError):
+                self._files.unlink(tmp)
+            raise
+        return SegmentFile(number, handle, slots)
+
+    def _load_manifest(self) -> Manifest:
+        """The manifest, made again if it is lost. TierFailed if it is not for us."""
+        try:
+            manifest = self._read_manifest()
+        except CorruptData as error:
+            self._found(f"the manifest was made again: {error}")
+            manifest = None
+        if manifest is None:
+            manifest = self._manifest_of_segments()
+        self._expect_ours(manifest)
+        return manifest
+
+    def _read_manifest(self) -> Manifest | None:
+        """The manifest, None if there is none. CorruptData if damaged, TierFailed if not for us."""
+        if "manifest" not in self._files.names():
+            return None
+        line, _, rest = bytes(self._read_file("manifest")).partition(b"\n")
+        if rest.split(b"\n")[0] != xxhash.xxh3_128_hexdigest(line).encode():
+            raise CorruptData("manifest: wrong checksum")
+        try:
+            found = msgspec.json.decode(line, type=_FormatOnly).format
+            manifest = msgspec.json.decode(line, type=Manifest) if found == FORMAT_VERSION else None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise CorruptData(f"manifest: {error}") from error
+        if manifest is None:
+            raise TierFailed(
+                f"the cold directory is of format {found}, this version reads {FORMAT_VERSION}; "
+                "cure: another directory, or remove the contents of this one"
+            )
+        return manifest
+
+    def _manifest_of_segments(self) -> Manifest:
+        """A manifest from the first readable segment header, or a new store's."""
+        shape = self.shape
+        for name, _ in self._segment_names():
+            handle = self._files.open(name)
+            try:
+                shape, _ = self._read_segment_header(handle)
+                break
+            except (CorruptData, OSError):
+                continue
+            finally:
+                self._files.close(handle)
+        plan = self._plan
+        return Manifest(
+            format=FORMAT_VERSION,
+            store_id=(shape.store_id or secrets.token_bytes(STORE_ID_BYTES)).hex(),
+            fingerprint=shape.fingerprint.hex(),
+            layers=plan.layers,
+            block_tokens=plan.block_tokens,
+            block_layer_bytes=plan.block_layer_bytes,
+            warm_page_blocks=shape.warm_page_blocks,
+            warm_page_bytes=shape.warm_page_bytes,
+            pages_per_segment=shape.pages_per_segment,
+            segments=[],
+            epoch=0,
+            clean=False,
+        )
+
+    def _expect_ours(self, manifest: Manifest) -> None:
+        cure = "cure: another directory for this model, or remove the contents of this one"
+        fingerprint = self.shape.fingerprint.hex()
+        if manifest.fingerprint != fingerprint:
+            raise TierFailed(
+                "the cold directory holds another layout (fingerprint "
+                f"{manifest.fingerprint[:16]}, expected {fingerprint[:16]}); {cure}"
+            )
+        for name in ("layers", "block_layer_bytes", "warm_page_blocks", "warm_page_bytes"):
+            found, expected = getattr(manifest, name), getattr(self._plan, name)
+            if found != expected:
+                raise TierFailed(
+                    f"the cold directory holds pages with {name} {found}, expected {expected}; "
+                    f"set the same page sizes, or {cure}"
+                )
+
+    def _write_manifest(self, *, epoch: int, clean: bool) -> None:
+        manifest = msgspec.structs.replace(
+            self._opened(), epoch=epoch, clean=clean, segments=sorted(self.segments)
+        )
+        line = msgspec.json.encode(manifest)
+        text = _padded(line + b"\n" + xxhash.xxh3_128_hexdigest(line).encode())
+        data = aligned_array(len(text), ALIGN_BYTES)
+        data[:] = text
+        with suppress(FileNotFoundError):
+            self._files.unlink("manifest.tmp")
+        handle = self._files.open("manifest.tmp", create=True)
+        try:
+            self._files.write(handle, 0, [data.data])
+            self._files.sync(handle)
+        finally:
+            self._files.close(handle)
+        self._files.rename("manifest.tmp", "manifest")
+        self._files.sync_root()
+        self._manifest = manifest
+
+    def _read_file(self, name: str) -> npt.NDArray[np.uint8]:
+        """A small file of ours, whole. Raises CorruptData if it is of an impossible length."""
+        handle = self._files.open(name)
+        try:
+            size = self._files.size(handle)
+            if size % ALIGN_BYTES or size > _MANIFEST_BYTES_MAX:
+                raise CorruptData(f"{name}: impossible length of {size} bytes")
+            data = aligned_array(size, ALIGN_BYTES)
+            self._files.read(handle, 0, [data.data])
+        finally:
+            self._files.close(handle)
+        return data
+
+
+def tier_error(doing: str, error: OSError) -> TierFailed | TierFull:
+    """What an engine's OSError means for the tier."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TierFull(f"{doing}: {error}; cure: free space, or lower cold.capacity")
+    return TierFailed(f"{doing}: {error}")
+
+
+def _segment_name(number: int) -> str:
+    return f"segment-{number:08d}.tkv"
+
+
+def _padded(text: bytes) -> npt.NDArray[np.uint8]:
+    """`text`, a line end, and blanks up to a multiple of 4096 bytes."""
+    text += b"\n"
+    return np.frombuffer(text.ljust(align_up(len(text), ALIGN_BYTES)), dtype=np.uint8)

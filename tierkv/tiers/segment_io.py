@@ -1,0 +1,201 @@
+"""Page I/O of the cold tier: runs of pages to and from their slots; keeps no tables.
+
+A run is consecutive pages of one segment, moved by one request: header, payload, header, payload.
+Payloads go straight between the device and the caller's arrays where those are aligned for the
+engine, else through an aligned bounce; headers through a small scratch of the calling thread. The
+calling thread also computes the checksums (xxhash releases the GIL). Any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tierkv.core.errors import CorruptData
+from tierkv.core.geometry import PagePlan
+from tierkv.tiers.files.base import Buffer, FileEngine, address_of, aligned_array
+from tierkv.tiers.segment_directory import SegmentDirectory
+from tierkv.tiers.segment_format import (
+    PageHeader,
+    SegmentShape,
+    encode_page_header,
+    is_blank,
+    parse_page_header,
+    verify_page,
+)
+
+Payload: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One page to read: which write of it, and where to."""
+
+    page: int
+    generation: int
+    out: Payload
+
+
+@dataclass(slots=True)
+class Scan:
+    """What the headers on disk say; `rejected` and `unreadable` are pages with the reason."""
+
+    headers: list[PageHeader]
+    rejected: dict[int, str]
+    unreadable: dict[int, str]
+
+
+class SegmentIO:
+    """Moves and verifies pages of an open `SegmentDirectory`."""
+
+    def __init__(self, files: FileEngine, directory: SegmentDirectory, plan: PagePlan) -> None:
+        self._files = files
+        self._directory = directory
+        self._plan = plan
+        self._scratch = _Scratch(files.align_bytes)
+
+    def runs(self, pages: Sequence[int], pages_max: int) -> list[list[int]]:
+        """Indices of `pages` as runs of at most `pages_max`, sorted by page."""
+        pages_per_segment = self._shape.pages_per_segment
+        runs: list[list[int]] = []
+        next_page = -1
+        for index in sorted(range(len(pages)), key=pages.__getitem__):
+            page = pages[index]
+            is_new_segment = page % pages_per_segment == 0
+            if page != next_page or is_new_segment or len(runs[-1]) == pages_max:
+                runs.append([])
+            runs[-1].append(index)
+            next_page = page + 1
+        return runs
+
+    def write_run(self, headers: Sequence[PageHeader], payloads: Sequence[Payload]) -> None:
+        """Write one run, making its segment if need be. Raises OSError, ValueError."""
+        shape = self._shape
+        segment = self._directory.ensure(headers[-1].page)
+        buffers: list[Buffer] = []
+        spaces = self._headers(len(headers))
+        throughs = self._bounces(payloads)
+        for header, space, payload, through in zip(
+            headers, spaces, payloads, throughs, strict=True
+        ):
+            if through is not payload:
+                through[:] = payload
+            encode_page_header(shape, header, through.data, space.data)
+            buffers += (space.data, through.data)
+        self._files.write(segment.handle, shape.offset_of(headers[0].page), buffers)
+
+    def read_run(self, run: Sequence[Wanted]) -> list[CorruptData | OSError | None]:
+        """Read and verify one run; per page None, or why its `out` holds anything."""
+        shape = self._shape
+        buffers: list[Buffer] = []
+        spaces = self._headers(len(run))
+        throughs = self._bounces([wanted.out for wanted in run])
+        for space, through in zip(spaces, throughs, strict=True):
+            buffers += (space.data, through.data)
+        try:
+            segment = self._directory.segments[shape.segment_of(run[0].page)]
+            self._files.read(segment.handle, shape.offset_of(run[0].page), buffers)
+        except OSError as error:
+            if len(run) == 1:
+                return [error]
+            # One bad sector must cost one page: ask for each alone.
+            return [self.read_run([wanted])[0] for wanted in run]
+        faults: list[CorruptData | OSError | None] = []
+        for wanted, space, through in zip(run, spaces, throughs, strict=True):
+            fault = _fault(space.data, through.data, shape, wanted)
+            if fault is None and through is not wanted.out:
+                wanted.out[:] = through
+            faults.append(fault)
+        return faults
+
+    def erase(self, page: int) -> int | None:
+        """Zero a page's header; the number of its segment, None if it has none. Raises OSError."""
+        segment = self._directory.segments.get(self._shape.segment_of(page))
+        if segment is None or page % self._shape.pages_per_segment >= segment.slots:
+            return None
+        blank = self._headers(1)[0]
+        blank[:] = 0
+        self._files.write(segment.handle, self._shape.offset_of(page), [blank.data])
+        return segment.number
+
+    def scan(self) -> Scan:
+        """Read every page header on disk, and no payload."""
+        shape = self._shape
+        space = self._headers(1)[0]
+        found = Scan(headers=[], rejected={}, unreadable={})
+        for number, segment in sorted(self._directory.segments.items()):
+            first = number * shape.pages_per_segment
+            for page in range(first, first + segment.slots):
+                try:
+                    self._files.read(segment.handle, shape.offset_of(page), [space.data])
+                    if not is_blank(space.data):
+                        found.headers.append(parse_page_header(space.data, shape, page))
+                except OSError as error:
+                    found.unreadable[page] = str(error)
+                except CorruptData as error:
+                    found.rejected[page] = str(error)
+        return found
+
+    def fault_of(self, page: int, generation: int, *, deep: bool) -> str | None:
+        """Why a page's header, and with `deep` its payload, is not that write; or None."""
+        shape = self._shape
+        if deep:
+            out = self._scratch.rows("payload", 1, shape.warm_page_bytes)[0]
+            fault = self.read_run([Wanted(page, generation, out)])[0]
+            return None if fault is None else str(fault)
+        space = self._headers(1)[0]
+        segment = self._directory.segments[shape.segment_of(page)]
+        try:
+            self._files.read(segment.handle, shape.offset_of(page), [space.data])
+            if parse_page_header(space.data, shape, page).generation != generation:
+                return f"page {page}: another write than generation {generation} is in its slot"
+        except (CorruptData, OSError) as error:
+            return str(error)
+        return None
+
+    @property
+    def _shape(self) -> SegmentShape:
+        return self._directory.shape
+
+    def _headers(self, count: int) -> list[Payload]:
+        return self._scratch.rows("headers", count, self._shape.header_bytes)
+
+    def _bounces(self, arrays: Sequence[Payload]) -> list[Payload]:
+        """Each array itself if the engine can take it, else an aligned place to copy through."""
+        align = self._files.align_bytes
+        if align == 1 or not any(address_of(array) % align for array in arrays):
+            return list(arrays)
+        rows = self._scratch.rows("bounce", len(arrays), self._plan.warm_page_bytes)
+        pairs = zip(arrays, rows, strict=True)
+        return [row if address_of(array) % align else array for array, row in pairs]
+
+
+class _Scratch(threading.local):
+    """Aligned buffers of one thread, by purpose; each grows to the largest need and stays."""
+
+    def __init__(self, align_bytes: int) -> None:
+        self._align_bytes = align_bytes
+        self._arrays: dict[str, Payload] = {}
+
+    def rows(self, purpose: str, count: int, row_bytes: int) -> list[Payload]:
+        """`count` aligned arrays of `row_bytes`, valid until this thread asks again."""
+        array = self._arrays.get(purpose)
+        if array is None or len(array) < count * row_bytes:
+            array = aligned_array(count * row_bytes, self._align_bytes)
+            self._arrays[purpose] = array
+        return [array[index * row_bytes : (index + 1) * row_bytes] for index in range(count)]
+
+
+def _fault(
+    header: Buffer, payload: Buffer, shape: SegmentShape, wanted: Wanted
+) -> CorruptData | None:
+    try:
+        verify_page(header, payload, shape, page=wanted.page, generation=wanted.generation)
+    except CorruptData as error:
+        return error
+    return None

@@ -1,0 +1,495 @@
+"""Speed of the store, as ratios to a raw baseline interleaved with it in the same loop.
+
+    python tools/bench_store.py [--quick] [--json FILE] [--check] [--rows host,cold,...]
+                                [--directory DIR] [--peer lmcache]
+
+Every figure is ``raw / tierkv`` (1.00 is as fast as raw, more is faster): the median over batches
+of the ratio of two adjacent batches, whose order alternates. CPU is ours / raw, process time over
+the same batches. Raw is numpy `copyto` of whole blocks in memory, and on disk one file per 2 MiB
+chunk by O_DIRECT with 4 threads. `--check` exits 1 and names the rows below their reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tierkv.config import Config
+from tierkv.core.geometry import MIB, KVGeometry, Layout
+from tierkv.core.keys import BlockKey
+from tierkv.store import Store
+
+Bytes = npt.NDArray[np.uint8]
+
+LLAMA_8B = KVGeometry(layers=32, kv_heads=8, head_dim=128)  # 16 tokens are a block of 2 MiB
+FALCON_7B = KVGeometry(layers=32, kv_heads=1, head_dim=64)  # 8 tokens are a block of 64 KiB
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    value: float
+    reach: float
+    higher_is_better: bool = True
+    unit: str = "x raw"
+    note: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the reach is met."""
+        return self.value >= self.reach if self.higher_is_better else self.value <= self.reach
+
+
+def main() -> int:
+    """Run the chosen rows; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the bytes, more noise")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a reach is missed")
+    parser.add_argument("--rows", default="host,latency,lookup,packing,cold")
+    parser.add_argument("--directory", type=Path, help="where the disk rows write (default: tmp)")
+    parser.add_argument("--peer", choices=["lmcache"], help="measure a peer beside us")
+    options = parser.parse_args()
+    scale = 0.1 if options.quick else 1.0
+    rows: list[Row] = []
+    wanted = options.rows.split(",")
+    if "host" in wanted:
+        rows += host_rows("2 MiB pages", LLAMA_8B, 16, 16, scale, (0.97, 0.97))
+        rows += host_rows("64 KiB blocks", FALCON_7B, 8, 64, scale, (0.85, 0.85))
+    if "latency" in wanted:
+        rows += latency_rows(scale)
+    if "lookup" in wanted:
+        rows += lookup_rows()
+    if "packing" in wanted:
+        rows += packing_rows()
+    if "cold" in wanted:
+        with scratch(options.directory) as directory:
+            rows += cold_rows(directory, scale)
+    if options.peer:
+        rows += peer_rows(options.peer, scale)
+    show(rows)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) | {"holds": row.holds} for row in rows]))
+    missed = [row.what for row in rows if not row.holds]
+    if options.check and missed:
+        sys.stderr.write(f"missed: {'; '.join(missed)}\n")
+        return 1
+    return 0
+
+
+# ---- memory
+
+
+def host_rows(
+    name: str,
+    geometry: KVGeometry,
+    block_tokens: int,
+    batch: int,
+    scale: float,
+    reach: tuple[float, float],
+) -> list[Row]:
+    """Put and get in batches, in an arena that is full (each put evicts), against memcpy."""
+    layout = layout_of(geometry, block_tokens)
+    block_bytes = layout.pages.block_bytes
+    capacity = int(1024 * MIB * max(scale, 0.25))
+    batches = capacity // block_bytes // batch
+    source = rows_array(layout, batch * 4)
+    target = rows_array(layout, batch * 4)
+    raw_source, raw_target = source.reshape(-1)[: batch * 4 * block_bytes], target.reshape(-1)
+    raw_source = raw_source.reshape(-1, block_bytes)
+    raw_target = raw_target[: batch * 4 * block_bytes].reshape(-1, block_bytes)
+    arena = aligned(batches * batch * block_bytes).reshape(-1, block_bytes)
+    put, get = Pairs(), Pairs()
+    with open_store(layout, host=capacity) as store:
+        for turn in range(4):
+            chains = [keys_of(store, turn * batches + n, batch) for n in range(batches)]
+            for n, keys in enumerate(chains):
+                at = n % 4 * batch
+                data = source[:, at : at + batch]
+                pair = (
+                    lambda keys=keys, data=data: store.put_keys(keys, data),
+                    lambda n=n, at=at: copy_each(arena[n * batch :], raw_source[at:], batch),
+                )
+                (put if turn else Pairs()).time(*pair)
+            for n in np.random.default_rng(turn).permutation(batches):
+                at = int(n) % 4 * batch
+                match = store.match_keys(chains[n])
+                if match.blocks < batch:
+                    continue
+                out = target[:, at : at + batch]
+                pair = (
+                    lambda match=match, out=out: store.get(match, out),
+                    lambda n=n, at=at: copy_each(raw_target[at:], arena[n * batch :], batch),
+                )
+                (get if turn else Pairs()).time(*pair)
+    note = f"{batch * block_bytes / np.median(put.raw) / 1e9:.1f} GB/s raw"
+    return [
+        Row(f"host put, {name}", put.ratio, reach[0], note=note),
+        Row(f"host get, {name}", get.ratio, reach[1]),
+        Row(f"host put, {name}, CPU", put.cpu, 1.05, False),
+        Row(f"host get, {name}, CPU", get.cpu, 1.05, False),
+    ]
+
+
+def latency_rows(scale: float) -> list[Row]:
+    """Getting one block from host memory, over copying it."""
+    layout = layout_of(FALCON_7B, 8)
+    block_bytes = layout.pages.block_bytes
+    count = 512
+    source = rows_array(layout, count)
+    out = rows_array(layout, 1)
+    flat, goal = aligned(count * block_bytes).reshape(count, -1), out.reshape(-1)[:block_bytes]
+    over: list[float] = []
+    with open_store(layout, host=128 * MIB) as store:
+        tokens = np.arange(count * 8)
+        store.put(tokens, source)
+        match = store.match(tokens)
+        clock = time.perf_counter_ns
+        for n in np.random.default_rng(0).integers(0, count, int(20_000 * max(scale, 0.25))):
+            block = int(n)
+            start = clock()
+            store.get(match, out, first_block=block)
+            middle = clock()
+            np.copyto(goal, flat[block])
+            over.append((middle - start) - (clock() - middle))
+    p50, p99 = np.percentile(np.array(over) / 1e3, [50, 99])
+    return [
+        Row("host get, 1 block of 64 KiB, p50 over memcpy", float(p50), 10, False, "us"),
+        Row("host get, 1 block of 64 KiB, p99 over memcpy", float(p99), 30, False, "us"),
+    ]
+
+
+def lookup_rows() -> list[Row]:
+    """Finding a prefix of 1,000 present blocks of 16 tokens."""
+    layout = layout_of(FALCON_7B, 16)
+    blocks = 1000
+    tokens = np.random.default_rng(0).integers(0, 50_000, blocks * 16)
+    with open_store(layout, host=512 * MIB) as store:
+        store.put(tokens, rows_array(layout, blocks))
+        keys = store.keys(tokens)
+        by_keys = best_of(lambda: store.match_keys(keys), 30)
+        by_tokens = best_of(lambda: store.match(tokens), 30)
+        assert store.match(tokens).blocks == blocks
+    unit = "M blocks/s"
+    return [
+        Row("prefix lookup by keys", blocks / by_keys / 1e6, 5, unit=unit),
+        Row("match(tokens) with hashing", blocks / by_tokens / 1e6, 1, unit=unit),
+    ]
+
+
+def packing_rows() -> list[Row]:
+    """Payload per byte of host memory, when prompts of real lengths have filled it."""
+    lengths, origin = prompt_lengths()
+    rows = []
+    for name, geometry in (("falcon-7b", FALCON_7B), ("llama-3-8b, 2 heads", SMALL_8B)):
+        layout = layout_of(geometry, 16)
+        zeros = np.zeros((layout.pages.layers, 1, layout.pages.block_layer_bytes), np.uint8)
+        with open_store(layout, host=768 * MIB) as store:
+            arena = 768 * MIB
+            shared: list[int] = []
+            for number, length in enumerate(lengths):
+                blocks = length // 16
+                tokens = np.full(blocks * 16, number + 1)
+                data = np.broadcast_to(zeros, (zeros.shape[0], blocks, zeros.shape[2]))
+                before = store.snapshot()["tiers"]["host,used_bytes"]
+                store.put(tokens, data)
+                after = store.snapshot()["tiers"]["host,used_bytes"]
+                shared.append(after)
+                if after <= before and blocks:
+                    break  # full: from here on every put evicts
+            churn = []
+            for number in range(len(shared), min(len(lengths), len(shared) * 3)):
+                blocks = lengths[number] // 16
+                data = np.broadcast_to(zeros, (zeros.shape[0], blocks, zeros.shape[2]))
+                store.put(np.full(blocks * 16, number + 1), data)
+                churn.append(store.snapshot()["tiers"]["host,used_bytes"])
+        share = float(np.mean([shared[-1], *churn])) / arena
+        note = f"{origin}, {len(shared) + len(churn)} prompts"
+        rows.append(Row(f"host payload share, {name}", share * 100, 95, unit="%", note=note))
+    return rows
+
+
+SMALL_8B = KVGeometry(layers=32, kv_heads=8, head_dim=128, tp_size=4)  # 512 KiB a block
+
+
+# ---- disk
+
+
+def cold_rows(directory: Path, scale: float) -> list[Row]:
+    """Durable puts and verified gets of the cold tier, against files of 2 MiB."""
+    rows: list[Row] = []
+    layout = layout_of(LLAMA_8B, 16)
+    total = max(8, int(16 * scale)) * 64 * MIB // (2 if scale < 1 else 1)
+    blocks = total // layout.pages.block_bytes
+    put, small, whole = Pairs(), Pairs(), Pairs()
+    disk = 0.0
+    for turn in range(3):
+        place = directory / f"turn{turn}"
+        raw = RawFiles(place / "raw", blocks)
+        disk = put_cold(layout, place, blocks, put, raw)
+        get_cold(layout, place, blocks, 16, small, raw)
+        get_cold(layout, place, blocks, 64, whole, raw)
+        shutil.rmtree(place)
+    speed = f"{64 * MIB / np.median(whole.raw) / 2 * 2 / 1e9:.1f} GB/s raw"
+    rows.append(Row("cold put, durable", put.ratio, 1.05))
+    rows.append(Row("cold put, durable, CPU", put.cpu, 1.2, False))
+    rows.append(Row("cold put, bytes on disk", disk, 1.02, False, "x payload"))
+    rows.append(Row("cold get, verified, 2 MiB pages (batches of 16)", small.ratio, 0.95))
+    rows.append(Row("cold get, verified, 2 MiB pages, CPU", small.cpu, 1.5, False))
+    rows.append(Row("cold get, verified, 64 MiB pages (batches of 2)", whole.ratio, 0.95, note=speed))
+    rows.append(Row("cold get, verified, 64 MiB pages, CPU", whole.cpu, 1.5, False))
+    return rows
+
+
+def put_cold(layout: Layout, place: Path, blocks: int, pairs: Pairs, raw: RawFiles) -> float:
+    """Put in batches of 64 MiB, each flushed; gives bytes on disk per byte of payload."""
+    batch = 32
+    source = rows_array(layout, batch)
+    chunks = source.reshape(-1)[: batch * layout.pages.block_bytes].reshape(batch, -1)
+    with open_store(layout, host=512 * MIB, cold=blocks * 2 * MIB, directory=place / "ours") as store:
+        empty = store.snapshot()["tiers"]["cold,disk_bytes"]
+        for n in range(blocks // batch):
+            keys = keys_of(store, n, batch)
+
+            def ours(keys: list[BlockKey] = keys) -> None:
+                store.put_keys(keys, source)
+                assert store.flush()
+
+            pairs.time(ours, lambda n=n: raw.write(range(n * batch, n * batch + batch), chunks))
+        used = store.snapshot()["tiers"]["cold,disk_bytes"] - empty
+    return used / (blocks * layout.pages.block_bytes)
+
+
+def get_cold(
+    layout: Layout, place: Path, blocks: int, batch: int, pairs: Pairs, raw: RawFiles
+) -> None:
+    """Lease batches in random order from a store that was just opened."""
+    chain = 32
+    target = aligned(batch * 2 * MIB).reshape(batch, -1)
+    host = 320 * MIB
+    with open_store(layout, host=host, cold=blocks * 2 * MIB, directory=place / "ours") as store:
+        order = np.random.default_rng(batch).permutation(blocks // max(batch, chain))
+        for n in order:
+            for part in range(max(1, chain // batch)):
+                first = int(n) * max(batch, chain) + part * batch
+                keys = [
+                    key
+                    for c in range(first // chain, (first + batch - 1) // chain + 1)
+                    for key in keys_of(store, c, chain)
+                ]
+                begin = first % chain if batch < chain else 0
+
+                def ours(keys: list[BlockKey] = keys, begin: int = begin) -> None:
+                    take(store, keys, begin, batch, chain)
+
+                pairs.time(ours, lambda first=first: raw.read(range(first, first + batch), target))
+
+
+def take(store: Store, keys: list[BlockKey], begin: int, batch: int, chain: int) -> None:
+    """Bring `batch` blocks into pinned host memory, verified."""
+    for start in range(0, len(keys), chain):
+        count = min(chain, batch)
+        match = store.match_keys(keys[start : start + begin + count])
+        with store.lease(match, first_block=begin) as lease:
+            assert lease.blocks == count
+
+
+class RawFiles:
+    """One file per chunk of 2 MiB, O_DIRECT, 4 threads."""
+
+    def __init__(self, root: Path, count: int) -> None:
+        root.mkdir(parents=True)
+        self._paths = [root / f"{n}" for n in range(count)]
+        self._pool = ThreadPoolExecutor(4)
+
+    def write(self, numbers: range, chunks: Bytes) -> None:
+        """Write and fsync each file."""
+
+        def one(item: tuple[int, int]) -> None:
+            number, row = item
+            handle = os.open(self._paths[number], os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600)
+            assert os.pwritev(handle, [chunks[row]], 0) == chunks[row].nbytes
+            os.fsync(handle)
+            os.close(handle)
+
+        list(self._pool.map(one, [(number, row) for row, number in enumerate(numbers)]))
+
+    def read(self, numbers: range, chunks: Bytes) -> None:
+        """Read each file."""
+
+        def one(item: tuple[int, int]) -> None:
+            number, row = item
+            handle = os.open(self._paths[number], os.O_RDONLY | os.O_DIRECT)
+            assert os.preadv(handle, [chunks[row]], 0) == chunks[row].nbytes
+            os.close(handle)
+
+        list(self._pool.map(one, [(number, row) for row, number in enumerate(numbers)]))
+
+
+# ---- measuring
+
+
+class Pairs:
+    """Times of ours and raw, batch by batch, in alternating order."""
+
+    def __init__(self) -> None:
+        self.ours: list[float] = []
+        self.raw: list[float] = []
+        self.ours_cpu = 0.0
+        self.raw_cpu = 0.0
+
+    def time(self, ours: Callable[[], object], raw: Callable[[], object]) -> None:
+        """Run both once."""
+        for run in (ours, raw) if len(self.ours) % 2 else (raw, ours):
+            cpu, start = time.process_time(), time.perf_counter()
+            run()
+            wall, used = time.perf_counter() - start, time.process_time() - cpu
+            if run is ours:
+                self.ours.append(wall)
+                self.ours_cpu += used
+            else:
+                self.raw.append(wall)
+                self.raw_cpu += used
+
+    @property
+    def ratio(self) -> float:
+        """Raw / ours, median over batches."""
+        return float(np.median(np.array(self.raw) / np.array(self.ours)))
+
+    @property
+    def cpu(self) -> float:
+        """Ours / raw, in CPU seconds over all batches."""
+        return self.ours_cpu / max(self.raw_cpu, 1e-9)
+
+
+def best_of(run: Callable[[], object], times: int) -> float:
+    """Median seconds of a call."""
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
+def copy_each(target: Bytes, source: Bytes, count: int) -> None:
+    """Copy `count` blocks, one call each."""
+    for n in range(count):
+        np.copyto(target[n], source[n])
+
+
+def aligned(size_bytes: int) -> Bytes:
+    """Touched memory on page boundaries, on huge pages where the system gives them."""
+    area = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array = np.frombuffer(area, np.uint8)
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(size_bytes), 14)
+    array[:] = 7
+    return array
+
+
+def rows_array(layout: Layout, blocks: int) -> Bytes:
+    """KV bytes as an engine has them: (layers, blocks, block_layer_bytes)."""
+    plan = layout.pages
+    shape = (plan.layers, blocks, plan.block_layer_bytes)
+    if plan.warm_page_blocks == 1:  # whole blocks lie together: the fairest case for memcpy
+        return aligned(blocks * plan.block_bytes).reshape(blocks, plan.layers, -1).transpose(1, 0, 2)
+    return aligned(blocks * plan.block_bytes).reshape(shape)
+
+
+def layout_of(geometry: KVGeometry, block_tokens: int) -> Layout:
+    """A layout with the default pages."""
+    return Layout(geometry, block_tokens=block_tokens, model="bench")
+
+
+def open_store(
+    layout: Layout, *, host: int, cold: int = 0, directory: Path | None = None
+) -> Store:
+    """A store with the default settings but for its sizes."""
+    tiers: dict[str, dict[str, object]] = {"host": {"capacity": host}}
+    if directory is not None:
+        tiers["cold"] = {"capacity": cold, "directory": str(directory)}
+    config = Config.model_validate({"block_tokens": layout.block_tokens, "tiers": tiers})
+    return Store.open(config, layout)
+
+
+def keys_of(store: Store, number: int, blocks: int) -> list[BlockKey]:
+    """The keys of a chain of its own."""
+    tokens = np.full(blocks * store.plan.block_tokens, 1)
+    tokens[0] = number + 2
+    return store.keys(tokens)
+
+
+def prompt_lengths() -> tuple[list[int], str]:
+    """Prompt lengths in tokens: from real traces beside the checkout, else a log-normal mix."""
+    place = Path(__file__).resolve().parents[2] / "shared" / "traces" / "azure2023"
+    lengths: list[int] = []
+    for file in sorted(place.glob("*.csv.zst")):
+        try:
+            import zstandard
+        except ImportError:
+            break
+        with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as text:
+            lines = text.read().decode().splitlines()[1:]
+        lengths += [int(line.split(",")[1]) for line in lines]
+    rng = np.random.default_rng(0)
+    if lengths:
+        return [int(n) for n in rng.permutation(lengths)[:20_000]], "Azure 2023 code and conv"
+    mix = np.concatenate([rng.lognormal(6.5, 1.1, 10_000), rng.lognormal(7.4, 0.7, 10_000)])
+    return [int(n) for n in rng.permutation(np.clip(mix, 16, 14_000))], "log-normal mix"
+
+
+def scratch(directory: Path | None) -> tempfile.TemporaryDirectory[str] | Scratch:
+    """A directory that is removed afterwards, on a disk (not on tmpfs)."""
+    return Scratch(directory or Path.cwd() / ".bench")
+
+
+class Scratch:
+    """See `scratch`."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+
+    def __enter__(self) -> Path:
+        self._place.mkdir(parents=True, exist_ok=True)
+        return self._place
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._place, ignore_errors=True)
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="tierkv store, against raw in the same run")
+    for column in ("what", "value", "reach", "", "note"):
+        table.add_column(column, justify="left" if column in ("what", "note") else "right")
+    for row in rows:
+        sign = ">=" if row.higher_is_better else "<="
+        mark = "[green]ok[/]" if row.holds else "[red]miss[/]"
+        table.add_row(
+            row.what, f"{row.value:.3g} {row.unit}", f"{sign} {row.reach:g}", mark, row.note
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
