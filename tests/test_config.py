@@ -60,7 +60,7 @@ def test_the_defaults_are_the_contract() -> None:
     assert config.block_tokens == 16
     assert (config.pages.hot, config.pages.warm, config.pages.cold) == (16 * KIB, 2 * MIB, 64 * MIB)
     assert (config.tiers.device.capacity, config.tiers.device.device) == (0, "auto")
-    assert (config.tiers.host.capacity, config.tiers.host.hugepages) == (4 * GIB, "off")
+    assert (config.tiers.host.capacity, config.tiers.host.hugepages) == (4 * GIB, "auto")
     assert (config.tiers.host.numa, config.tiers.host.prefault_threads) == ("auto", 0)
     cold = config.tiers.cold
     assert (cold.capacity, cold.engine, cold.segment_cold_pages) == (0, "auto", 16)

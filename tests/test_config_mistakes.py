@@ -169,7 +169,7 @@ BY_HAND: list[tuple[str, str, int, int, str]] = [
     ("directory dots", "tiers:\n  cold: {directory: /a/..}", 2, 21, "root directory"),
     ("hugepages no", "tiers:\n  host: {hugepages: no}", 2, 21, "did you mean 'off'?"),
     ("hugepages false", "tiers:\n  host: {hugepages: false}", 2, 21, "did you mean 'off'?"),
-    ("hugepages always", "tiers:\n  host: {hugepages: always}", 2, 21, "off or advise"),
+    ("hugepages always", "tiers:\n  host: {hugepages: always}", 2, 21, "off or auto or advise"),
     ("hugepages advice", "tiers:\n  host: {hugepages: advice}", 2, 21, "did you mean 'advise'?"),
     ("register true", "tiers:\n  host: {register_cuda: true}", 2, 25, "auto or off"),
     ("sync never", "tiers:\n  cold: {sync: never}", 2, 16, "flush or always"),

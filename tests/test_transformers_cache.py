@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -519,6 +522,39 @@ def test_a_directory_is_enough_and_outlives_the_model(tmp_path: Path) -> None:
     cache = TieredCache.open(again, ids, directory=tmp_path, **sizes)
     assert cache.report.tokens_by_tier["cold"] == 96
     close_stores(again)
+
+
+SCRIPT = """
+import sys, torch, transformers
+from tierkv.engines.transformers import TieredCache
+
+torch.manual_seed(7)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0)).eval()
+ids = torch.arange(1, 101)[None]
+cache = TieredCache.open(model, ids, directory=sys.argv[1], host="32MiB", cold="128MiB")
+out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+                     max_new_tokens=8, do_sample=False)
+print(cache.report.tokens_by_tier.get("cold", 0), out[0, 100:].tolist())
+"""
+
+
+def test_a_script_that_closes_nothing_still_leaves_its_blocks_to_the_next(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[1])
+    said = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    reused, answers = zip(*(line.split(" ", 1) for line in said), strict=True)
+    assert reused == ("0", "96")
+    assert answers[0] == answers[1]
 
 
 def test_dropped_caches_leave_no_hook_on_the_model(

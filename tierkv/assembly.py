@@ -20,6 +20,7 @@ from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.files import choose_engine
 from tierkv.tiers.files.base import FileEngine
 from tierkv.tiers.host import HostTier
+from tierkv.tiers.segment_format import page_header_bytes
 from tierkv.tiers.segments import SegmentTier
 from tierkv.transfer.engine import TransferEngine
 
@@ -33,6 +34,7 @@ class Parts:
     host: HostTier
     device: DeviceTier | None
     cold: SegmentTier | None
+    files: FileEngine | None
     engine: TransferEngine
     recovered: list[RecoveredPage]
 
@@ -64,9 +66,14 @@ def assemble(config: Config, layout: Layout, *, files_for: FilesFor | None = Non
             )
             device.open()
             undo.callback(device.close)
-        cold, recovered = None, []
+        cold, files, recovered = None, None, []
         if TierId.COLD in spec.tiers:
-            cold = _cold(config, layout, spec.tiers[TierId.COLD].pages, files_for)
+            # A directory per layout: two layouts never share a file, and each can be deleted alone.
+            root = config.tiers.cold.directory / layout.fingerprint.hex()[:16]
+            wanted = config.tiers.cold.engine
+            files = files_for(root) if files_for else choose_engine(root, wanted)
+            undo.callback(files.shutdown)
+            cold = _cold(config, layout, spec.tiers[TierId.COLD].pages, files)
             recovered = cold.open()
             undo.callback(cold.close)
         engine = TransferEngine(
@@ -77,15 +84,18 @@ def assemble(config: Config, layout: Layout, *, files_for: FilesFor | None = Non
             threads=config.tiers.cold.threads,
             inflight_bytes_max=config.transfer.inflight_max,
             piece_bytes=config.tiers.cold.piece,
+            sync_each_write=config.tiers.cold.sync == "always",
         )
         undo.pop_all()
-    return Parts(spec, chains, host, device, cold, engine, recovered)
+    return Parts(spec, chains, host, device, cold, files, engine, recovered)
 
 
 def plan_spec(config: Config, plan: PagePlan, chains: dict[str, KeyChain]) -> PlanSpec:
     """The planner's view: capacities in pages. Raises ConfigError for a tier too small to work."""
     tiers = config.tiers
-    cold_pages = plan.warm_pages_in(tiers.cold.capacity)
+    # Capacity is what the disk may lose, so headers count.
+    slot_bytes = plan.warm_page_bytes + page_header_bytes(plan.warm_page_blocks)
+    cold_pages = tiers.cold.capacity // slot_bytes
     host_pages = plan.warm_pages_in(tiers.host.capacity)
     least = 2 if tiers.cold.capacity else 1
     if host_pages < least:
@@ -146,12 +156,7 @@ def _host(config: Config, plan: PagePlan, pages: int) -> HostTier:
     )
 
 
-def _cold(
-    config: Config, layout: Layout, pages: int, files_for: FilesFor | None
-) -> SegmentTier:
-    # A directory per layout: two layouts never share a file, and one is deleted without the other.
-    root = config.tiers.cold.directory / layout.fingerprint.hex()[:16]
-    files = files_for(root) if files_for else choose_engine(root, config.tiers.cold.engine)
+def _cold(config: Config, layout: Layout, pages: int, files: FileEngine) -> SegmentTier:
     return SegmentTier(
         files,
         layout.pages,

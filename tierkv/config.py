@@ -250,8 +250,9 @@ class HostConfig(_Section):
         default=4 * GIB, description="Bytes or % of RAM; 0 turns the tier off."
     )
     policy: Policy = Field(default="lru", description="Eviction policy.")
-    hugepages: Literal["off", "advise"] = Field(
-        default="off", description="advise asks for transparent huge pages (madvise)."
+    hugepages: Literal["off", "auto", "advise"] = Field(
+        default="auto",
+        description="Transparent huge pages: off, auto (while they come quickly) or advise.",
     )
     numa: Numa = Field(default="auto", description="auto, off or the node that holds the arena.")
     prefault_threads: int = Field(
@@ -338,7 +339,7 @@ class NamespaceConfig(_Section):
         default=SIZE_BYTES_MAX, description="Most bytes of NVMe, or % of the cold tier."
     )
     ttl_s: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Seconds after its last use that a block is dropped; null never."
+        default=None, description="Seconds after it was put that a block is dropped; null never."
     )
 
 

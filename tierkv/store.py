@@ -88,6 +88,7 @@ class Store:
         self._host = parts.host
         self._device = parts.device
         self._cold = parts.cold
+        self._files = parts.files
         self._engine = parts.engine
         self._lock = threading.Lock()
         self._closed = False
@@ -399,6 +400,8 @@ class Store:
                     tier.close()
                 except TierFailed as error:
                     logger.warning("close failed error=%s", error)
+        if self._files is not None:
+            self._files.shutdown()
         self._write_log(force=True)
 
     def snapshot(self) -> dict[str, dict[str, int]]:

@@ -16,8 +16,8 @@ def abandon(store: Store) -> None:
         for number in list(store._planner.movement.flights):
             store._engine.cancel(number)
     store._engine.close()
-    if store._cold is not None:
-        store._cold._files.shutdown()
+    if store._files is not None:
+        store._files.shutdown()
     store._host.close()
     if store._device is not None:
         store._device.close()

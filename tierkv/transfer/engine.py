@@ -67,12 +67,14 @@ class TransferEngine:
         threads: int = 8,
         inflight_bytes_max: int = 256 << 20,
         piece_bytes: int = 8 << 20,
+        sync_each_write: bool = False,
     ) -> None:
         self._plan = plan
         self._host = host
         self._device = device
         self._cold = cold
         self._piece_bytes = piece_bytes
+        self._sync_each_write = sync_each_write
         self._batches: dict[int, _Batch] = {}
         self._done: deque[Result] = deque()
         self._progress = threading.Condition()
@@ -225,6 +227,8 @@ class TransferEngine:
             payloads = [host.pages[move.source] for move in moves]
             labels = [move.label for move in moves if move.label is not None]
             self._cold.write_pages([move.target for move in moves], payloads, labels)
+            if self._sync_each_write:
+                self._cold.sync()
             return [True] * len(moves)
         return self._copy_blocks(transfer, [(move.source, move.target) for move in moves])
 
