@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tierkv.core.keys import BlockKey, KeyChain
+from tierkv.core.keys import KeyChain
 from tierkv.core.tier import TierId
 from tierkv.plan import events as ev
 from tierkv.plan.event_log import entry_line, head_line, replay

@@ -324,7 +324,7 @@ def test_hints_reach_the_planner(tmp_path: Path) -> None:
         keys = list(store.keys(tokens_of(12)))
         assert store.match(tokens_of(12)).tokens_by_tier["host"] == 0
         store.hint(Hint(HintKind.PREFETCH, keys))
-        store._engine.wait(5, until=lambda: not store._engine.busy)
+        store._runtime.engine.wait(5, until=lambda: not store._runtime.engine.busy)
         store.step()
 
         assert store.match(tokens_of(12)).tokens_by_tier["host"] == 192

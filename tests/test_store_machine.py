@@ -103,8 +103,7 @@ class StoreMachine(RuleBasedStateMachine):
         for number, prefix in enumerate(self.prefixes(prompt[: rows.shape[1]], namespace)):
             values = self.put_values.get(prefix, set())
             assert any(
-                np.array_equal(rows[:, number], self.block_bytes(prefix, value))
-                for value in values
+                np.array_equal(rows[:, number], self.block_bytes(prefix, value)) for value in values
             ), f"wrong bytes for {prefix}"
 
     # ---- rules
@@ -117,9 +116,7 @@ class StoreMachine(RuleBasedStateMachine):
         for prefix in chosen:
             self.put_values.setdefault(prefix, set()).add(self.version)
         data = np.stack([self.block_bytes(prefix, self.version) for prefix in chosen], axis=1)
-        stored = self.store.put(
-            self.tokens(prompt), data, first_block=first, namespace=namespace
-        )
+        stored = self.store.put(self.tokens(prompt), data, first_block=first, namespace=namespace)
         assert 0 <= stored <= len(chosen)
 
     @rule(prompt=prompts, namespace=spaces)
@@ -200,10 +197,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.read_and_release()
             self.files.schedule = None
             self.store.check()
-            pins = [sum(table.pins) for table in self.store._planner.tables.values()]
-            if self.store._engine.busy == 0:
+            pins = [sum(table.pins) for table in self.store._runtime.planner.tables.values()]
+            if self.store._runtime.engine.busy == 0:
                 self.store.step()
-                pins = [sum(table.pins) for table in self.store._planner.tables.values()]
+                pins = [sum(table.pins) for table in self.store._runtime.planner.tables.values()]
                 assert not any(pins), "a pin leaked"
             self.store.close()
 

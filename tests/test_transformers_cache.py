@@ -389,6 +389,35 @@ def test_tokens_that_replaced_cropped_ones_are_what_is_committed(
     assert torch.equal(answer(model, out, store)[0], generate(model, out))
 
 
+def test_a_cache_cropped_to_what_two_prompts_share_serves_the_other(
+    model: transformers.PreTrainedModel, store: Store
+) -> None:
+    ids = prompt(100)
+    _, cache = answer(model, ids, store)
+    cache.crop(-(cache.get_seq_length() - 40))
+    other = torch.cat([ids[:, :40], prompt(60, seed=12)], 1)
+    out = generate(model, other, cache)
+    assert torch.equal(out, generate(model, other))
+    cache.commit(out)
+    again, reusing = answer(model, out, store)
+    assert reusing.report.reused_tokens == 112
+    assert torch.equal(again, generate(model, out))
+
+
+def test_prompt_lookup_decoding_gives_the_same_answer(
+    model: transformers.PreTrainedModel, store: Store
+) -> None:
+    """Candidates enter with the prompt and are cropped where they were wrong."""
+    ids = prompt(30).repeat(1, 3)
+    out, cache = answer(model, ids, store, prompt_lookup_num_tokens=4)
+    assert torch.equal(out, generate(model, ids))
+    assert cache.report.stored_tokens == 80
+    cache.commit(out)
+    again, reusing = answer(model, out, store)
+    assert reusing.report.reused_tokens == 96
+    assert torch.equal(again, generate(model, out))
+
+
 def test_a_reset_cache_computes_everything_again(
     model: transformers.PreTrainedModel, store: Store
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tierkv.config import Config
-from tierkv.core.errors import ConfigError
+from tierkv.core.errors import ConfigError, TierFailed
 from tierkv.core.geometry import Layout, PagePlan
 from tierkv.core.keys import KeyChain
 from tierkv.core.tier import RecoveredPage, TierId
@@ -24,6 +25,8 @@ from tierkv.tiers.segment_format import page_header_bytes
 from tierkv.tiers.segments import SegmentTier
 from tierkv.transfer.engine import TransferEngine
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Parts:
@@ -37,6 +40,18 @@ class Parts:
     files: FileEngine | None
     engine: TransferEngine
     recovered: list[RecoveredPage]
+
+    def close(self) -> None:
+        """End the threads, then close tier after tier; a tier that fails does not keep others."""
+        self.engine.close()
+        for tier in (self.cold, self.device, self.host):
+            if tier is not None:
+                try:
+                    tier.close()
+                except TierFailed as error:
+                    logger.warning("close failed error=%s", error)
+        if self.files is not None:
+            self.files.shutdown()
 
 
 #: Makes the file engine for a directory; tests and fault drills give their own.

@@ -17,11 +17,10 @@ import json
 import mmap
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,11 +109,8 @@ def host_rows(
     block_bytes = layout.pages.block_bytes
     capacity = int(1024 * MIB * max(scale, 0.25))
     batches = capacity // block_bytes // batch
-    source = rows_array(layout, batch * 4)
-    target = rows_array(layout, batch * 4)
-    raw_source, raw_target = source.reshape(-1)[: batch * 4 * block_bytes], target.reshape(-1)
-    raw_source = raw_source.reshape(-1, block_bytes)
-    raw_target = raw_target[: batch * 4 * block_bytes].reshape(-1, block_bytes)
+    raw_source, source = rows_array(layout, batch * 4)
+    raw_target, target = rows_array(layout, batch * 4)
     arena = aligned(batches * batch * block_bytes).reshape(-1, block_bytes)
     put, get = Pairs(), Pairs()
     with open_store(layout, host=capacity) as store:
@@ -151,11 +147,9 @@ def host_rows(
 def latency_rows(scale: float) -> list[Row]:
     """Getting one block from host memory, over copying it."""
     layout = layout_of(FALCON_7B, 8)
-    block_bytes = layout.pages.block_bytes
     count = 512
-    source = rows_array(layout, count)
-    out = rows_array(layout, 1)
-    flat, goal = aligned(count * block_bytes).reshape(count, -1), out.reshape(-1)[:block_bytes]
+    flat, source = rows_array(layout, count)
+    goal, out = rows_array(layout, 1)
     over: list[float] = []
     with open_store(layout, host=128 * MIB) as store:
         tokens = np.arange(count * 8)
@@ -167,7 +161,7 @@ def latency_rows(scale: float) -> list[Row]:
             start = clock()
             store.get(match, out, first_block=block)
             middle = clock()
-            np.copyto(goal, flat[block])
+            np.copyto(goal[0], flat[block])
             over.append((middle - start) - (clock() - middle))
     p50, p99 = np.percentile(np.array(over) / 1e3, [50, 99])
     return [
@@ -182,7 +176,7 @@ def lookup_rows() -> list[Row]:
     blocks = 1000
     tokens = np.random.default_rng(0).integers(0, 50_000, blocks * 16)
     with open_store(layout, host=512 * MIB) as store:
-        store.put(tokens, rows_array(layout, blocks))
+        store.put(tokens, rows_array(layout, blocks)[1])
         keys = store.keys(tokens)
         by_keys = best_of(lambda: store.match_keys(keys), 30)
         by_tokens = best_of(lambda: store.match(tokens), 30)
@@ -253,7 +247,9 @@ def cold_rows(directory: Path, scale: float) -> list[Row]:
     rows.append(Row("cold put, bytes on disk", disk, 1.02, False, "x payload"))
     rows.append(Row("cold get, verified, 2 MiB pages (batches of 16)", small.ratio, 0.95))
     rows.append(Row("cold get, verified, 2 MiB pages, CPU", small.cpu, 1.5, False))
-    rows.append(Row("cold get, verified, 64 MiB pages (batches of 2)", whole.ratio, 0.95, note=speed))
+    rows.append(
+        Row("cold get, verified, 64 MiB pages (batches of 2)", whole.ratio, 0.95, note=speed)
+    )
     rows.append(Row("cold get, verified, 64 MiB pages, CPU", whole.cpu, 1.5, False))
     return rows
 
@@ -261,9 +257,10 @@ def cold_rows(directory: Path, scale: float) -> list[Row]:
 def put_cold(layout: Layout, place: Path, blocks: int, pairs: Pairs, raw: RawFiles) -> float:
     """Put in batches of 64 MiB, each flushed; gives bytes on disk per byte of payload."""
     batch = 32
-    source = rows_array(layout, batch)
-    chunks = source.reshape(-1)[: batch * layout.pages.block_bytes].reshape(batch, -1)
-    with open_store(layout, host=512 * MIB, cold=blocks * 2 * MIB, directory=place / "ours") as store:
+    chunks, source = rows_array(layout, batch)
+    with open_store(
+        layout, host=512 * MIB, cold=blocks * (2 * MIB + 8192), directory=place / "ours"
+    ) as store:
         empty = store.snapshot()["tiers"]["cold,disk_bytes"]
         for n in range(blocks // batch):
             keys = keys_of(store, n, batch)
@@ -284,7 +281,7 @@ def get_cold(
     chain = 32
     target = aligned(batch * 2 * MIB).reshape(batch, -1)
     host = 320 * MIB
-    with open_store(layout, host=host, cold=blocks * 2 * MIB, directory=place / "ours") as store:
+    with open_store(layout, host=host, cold=blocks * (2 * MIB + 8192), directory=place / "ours") as store:
         order = np.random.default_rng(batch).permutation(blocks // max(batch, chain))
         for n in order:
             for part in range(max(1, chain // batch)):
@@ -304,9 +301,12 @@ def get_cold(
 
 def take(store: Store, keys: list[BlockKey], begin: int, batch: int, chain: int) -> None:
     """Bring `batch` blocks into pinned host memory, verified."""
-    for start in range(0, len(keys), chain):
-        count = min(chain, batch)
-        match = store.match_keys(keys[start : start + begin + count])
+    count = min(chain, batch)
+    matches = [
+        store.match_keys(keys[start : start + begin + count])
+        for start in range(0, len(keys), chain)
+    ]
+    for match in matches:
         with store.lease(match, first_block=begin) as lease:
             assert lease.blocks == count
 
@@ -404,13 +404,18 @@ def aligned(size_bytes: int) -> Bytes:
     return array
 
 
-def rows_array(layout: Layout, blocks: int) -> Bytes:
-    """KV bytes as an engine has them: (layers, blocks, block_layer_bytes)."""
+def rows_array(layout: Layout, blocks: int) -> tuple[Bytes, Bytes]:
+    """The same memory as raw blocks, (blocks, block_bytes), and as KV bytes of an engine.
+
+    Where a warm page is one block, blocks lie whole one after the other, which is what memcpy
+    likes best; else they are layer-major, as engines keep them.
+    """
     plan = layout.pages
-    shape = (plan.layers, blocks, plan.block_layer_bytes)
-    if plan.warm_page_blocks == 1:  # whole blocks lie together: the fairest case for memcpy
-        return aligned(blocks * plan.block_bytes).reshape(blocks, plan.layers, -1).transpose(1, 0, 2)
-    return aligned(blocks * plan.block_bytes).reshape(shape)
+    flat = aligned(blocks * plan.block_bytes).reshape(blocks, plan.block_bytes)
+    if plan.warm_page_blocks == 1:
+        rows = flat.reshape(blocks, plan.layers, plan.block_layer_bytes).transpose(1, 0, 2)
+        return flat, rows
+    return flat, flat.reshape(plan.layers, blocks, plan.block_layer_bytes)
 
 
 def layout_of(geometry: KVGeometry, block_tokens: int) -> Layout:
@@ -418,9 +423,7 @@ def layout_of(geometry: KVGeometry, block_tokens: int) -> Layout:
     return Layout(geometry, block_tokens=block_tokens, model="bench")
 
 
-def open_store(
-    layout: Layout, *, host: int, cold: int = 0, directory: Path | None = None
-) -> Store:
+def open_store(layout: Layout, *, host: int, cold: int = 0, directory: Path | None = None) -> Store:
     """A store with the default settings but for its sizes."""
     tiers: dict[str, dict[str, object]] = {"host": {"capacity": host}}
     if directory is not None:

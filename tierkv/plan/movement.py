@@ -13,7 +13,7 @@ is complete. Single owner (the planner).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tierkv.core.stats import Stats
@@ -57,7 +57,7 @@ class Movement:
         self.loose: list[int] = []  # blocks that may be resident nowhere: see `prune`
         self.prefetched: dict[int, int] = {}  # host page -> blocks brought by a prefetch
         self._roots = {n.name: n.root for n in spec.namespaces}
-        self._quotas = {n.name: n.quota_pages for n in spec.namespaces}
+        self._quotas = {n.name: n.quota_pages for n in spec.namespaces if n.quota_pages}
         self._next_transfer = 0
 
     # ---- room
@@ -65,13 +65,12 @@ class Movement:
     def room(self, tier: TierId, count: int, namespace: str, now_ns: int, out: Out) -> list[Span]:
         """Take and pin up to `count` places, evicting colder pages where needed."""
         table = self.tables[tier]
-        spans = self._take(table, tier, count, namespace)
-        taken = sum(span.count for span in spans)
+        spans = self._take(table, tier, count, namespace, 0)
+        taken = spans[-1].index + spans[-1].count if spans else 0
         if taken < count:
             pages = -(-(count - taken) // table.page_blocks)
             self._evict(tier, pages, namespace, now_ns, out)
-            more = self._take(table, tier, count - taken, namespace)
-            spans += [span._replace(index=span.index + taken) for span in more]
+            spans += self._take(table, tier, count, namespace, taken)
         return spans
 
     def whole_page(self, tier: TierId, namespace: str, now_ns: int, out: Out) -> int | None:
@@ -83,8 +82,11 @@ class Movement:
             return None
         return pool.take_page(namespace)
 
-    def _take(self, table: TierTable, tier: TierId, count: int, namespace: str) -> list[Span]:
-        spans = table.pool.take(count, namespace, self._quota_left(tier, namespace))
+    def _take(
+        self, table: TierTable, tier: TierId, count: int, namespace: str, index: int
+    ) -> list[Span]:
+        left = self._quota_left(tier, namespace) if self._quotas else None
+        spans = table.pool.take(count, namespace, pages_max=left, index=index)
         pins = table.pins
         for span in spans:
             pins[span.page] += 1  # before anything else may evict it
@@ -99,8 +101,8 @@ class Movement:
         """Free up to `pages` pages; those that must be copied first are freed when they landed."""
         table = self.tables[tier]
         pool, pins = table.pool, table.pins
-        own_only = self._quota_left(tier, namespace) < 1  # then free pages are no help
-        wanted = pages if own_only else pages - pool.free_pages
+        own_only = bool(self._quotas) and self._quota_left(tier, namespace) < 1
+        wanted = pages if own_only else pages - pool.free_pages  # a quota has no use for free pages
 
         def is_evictable(page: int) -> bool:
             # A sealed page is pinned by the transfer that sealed it.
@@ -108,7 +110,9 @@ class Movement:
                 return False
             return not self.held or self.held.isdisjoint(table.blocks_in(page))
 
-        victims = self.policies[tier].evict(max(0, wanted), is_evictable)
+        simple = not (own_only or self.held)
+        idle: Callable[[int], bool] = (lambda page: not pins[page]) if simple else is_evictable
+        victims = self.policies[tier].evict(max(0, wanted), idle)
         if any(other > tier for other in self.tables):
             victims = [page for page in victims if not self._save(tier, page, now_ns, out)]
         if victims:
@@ -238,9 +242,7 @@ class Movement:
             host.pool.seal(target)
             size = cold.page_blocks
             blocks = [
-                b
-                for b in cold.blocks_in(page)
-                if cold.ready[b] >= 0 and host.place[b] == NO_PLACE
+                b for b in cold.blocks_in(page) if cold.ready[b] >= 0 and host.place[b] == NO_PLACE
             ]
             offsets = [cold.place[b] % size for b in blocks]
             host.fill(blocks, _single_spans(target, offsets))

@@ -13,18 +13,19 @@ A transfer that is not finished is not a hit: only READY blocks are granted.
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tierkv.core.keys import BlockKey
 from tierkv.core.stats import Stats
 from tierkv.core.tier import Span, TierId
 from tierkv.plan import events as ev
+from tierkv.plan.hints import Hints
 from tierkv.plan.movement import Movement, Out
-from tierkv.plan.radix import ROOT, RadixIndex
+from tierkv.plan.radix import RadixIndex
+from tierkv.plan.recovery import take_over
 from tierkv.plan.residency import NO_PLACE
 from tierkv.plan.spec import PlanSpec
 
@@ -58,23 +59,6 @@ class LeaseRecord:
     ready: list[Located] | None = None
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Things that happen at a time: a heap with a tie-breaker, so that order is total."""
-
-    heap: list[tuple[int, int, Sequence[BlockKey], str]] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, at_ns: int, keys: Sequence[BlockKey], namespace: str) -> None:
-        heapq.heappush(self.heap, (at_ns, self.count, keys, namespace))
-        self.count += 1
-
-    def due(self, now_ns: int) -> Iterable[tuple[Sequence[BlockKey], str]]:
-        while self.heap and self.heap[0][0] <= now_ns:
-            _, _, keys, namespace = heapq.heappop(self.heap)
-            yield keys, namespace
-
-
 class Planner:
     """See the module. `stats` holds the counters of what was decided."""
 
@@ -87,12 +71,8 @@ class Planner:
         self.tickets: dict[int, Ticket] = {}
         self.leases: dict[int, LeaseRecord] = {}
         self._host = self.tables[TierId.HOST]
-        self._has_ttl = any(space.ttl_ns is not None for space in spec.namespaces)
-        self._namespaces = {n.name: n for n in spec.namespaces}
         self._next_number = 0
-        self._expire = _Clock()
-        self._expect = _Clock()
-        self._deadline: dict[BlockKey, int] = {}
+        self.hints = Hints(spec, self.index, self.movement, self.stats)
         handlers: Mapping[type, Callable[..., None]] = {
             ev.Put: self._put,
             ev.Filled: self._filled,
@@ -101,11 +81,11 @@ class Planner:
             ev.Admit: self._admit,
             ev.Touch: self._touch,
             ev.TransferDone: self._transfer_done,
-            ev.Hint: self._hint,
+            ev.Hint: self.hints.take,
             ev.Flush: self._flush,
             ev.Recovered: self._recovered,
             ev.Distrust: self._distrust,
-            ev.Tick: self._tick,
+            ev.Tick: self.hints.tick,
         }
         self._handlers = handlers
 
@@ -239,15 +219,7 @@ class Planner:
                 movement.dirty.update(ticket.pages)
                 full = [p for p in dict.fromkeys(ticket.pages) if not table.pool.is_open(p)]
                 movement.write_back(full, ev.Urgency.DEMOTE, now_ns, out)
-            if self._has_ttl:
-                self._start_ttl(ticket, now_ns)
-
-    def _start_ttl(self, ticket: Ticket, now_ns: int) -> None:
-        namespace = self._host.pool.owner.get(ticket.pages[0], "")
-        spec = self._namespaces.get(namespace)
-        if spec is not None and spec.ttl_ns is not None:
-            keys = [self.index.key(block) for block in ticket.blocks]
-            self._set_deadline(keys, now_ns + spec.ttl_ns, namespace)
+            self.hints.filled(ticket.blocks, table.pool.owner[ticket.pages[0]], now_ns)
 
     # ---- reading
 
@@ -391,135 +363,9 @@ class Planner:
             self.movement.drop(TierId.COLD, [b for b in cold.blocks_in(page) if cold.ready[b] >= 0])
 
     def _recovered(self, event: ev.Recovered, now_ns: int, out: Out) -> None:
-        """Take over what the cold tier found; newest copy of a key wins, orphans are let go."""
-        cold = self.tables[TierId.COLD]
-        chosen: dict[bytes, tuple[int, int, bytes, str]] = {}
-        for page in sorted(event.pages, key=lambda p: -p.generation):
-            for label in page.label.blocks:
-                found = (page.page, label.position, label.parent, page.label.namespace)
-                chosen.setdefault(label.key, found)
-        per_page: dict[int, tuple[str, list[int], list[int]]] = {}
-        for key in self._reachable(chosen):
-            number, offset, parent, namespace = chosen[key]
-            above = self.index.find(parent)
-            ids = self.index.insert([BlockKey(key)], parent=ROOT if above is None else above)
-            _, offsets, blocks = per_page.setdefault(number, (namespace, [], []))
-            offsets.append(offset)
-            blocks.append(ids[0])
-        for table in self.tables.values():
-            table.grow(self.index.ids_end)
-        cold.pool.adopt({page: (ns, offsets) for page, (ns, offsets, _) in per_page.items()})
-        order = {p.page: p.generation for p in event.pages}
-        for number in sorted(per_page, key=order.__getitem__):
-            _, offsets, blocks = per_page[number]
-            cold.fill(blocks, [Span(i, number, o, 1) for i, o in enumerate(offsets)])
-            cold.publish(blocks)
-            self.movement.policies[TierId.COLD].track(number, now_ns)
+        take_over(event.pages, self.spec, self.index, self.movement, now_ns)
 
-    def _reachable(self, chosen: Mapping[bytes, tuple[int, int, bytes, str]]) -> list[bytes]:
-        """Keys whose whole history was found, parents before children."""
-        roots = {spec.root: spec.name for spec in self.spec.namespaces}
-        children: dict[bytes, list[bytes]] = {}
-        ready: list[bytes] = []
-        for key, (_, _, parent, namespace) in chosen.items():
-            if parent in roots:
-                if roots[parent] == namespace:
-                    ready.append(key)
-            else:
-                children.setdefault(parent, []).append(key)
-        for key in ready:  # grows while it is walked
-            ready.extend(children.get(key, ()))
-        return ready
-
-    # ---- hints and time
-
-    def _hint(self, event: ev.Hint, now_ns: int, out: Out) -> None:
-        keys: list[BlockKey] = event.keys  # type: ignore[assignment]
-        self.stats.add("tierkv_hints_total", 1, event.kind)
-        if event.kind is ev.HintKind.EXPECT and event.at_ns > now_ns:
-            self._expect.add(event.at_ns, keys, event.namespace)
-            return
-        if event.kind is ev.HintKind.TTL:
-            self._set_deadline(keys, event.at_ns, event.namespace)
-            return
-        blocks = self.index.match(keys)
-        if event.kind is ev.HintKind.PIN:
-            self.movement.held.update(blocks)
-        elif event.kind is ev.HintKind.UNPIN:
-            self.movement.held.difference_update(blocks)
-        elif event.kind is ev.HintKind.FORGET:
-            self._forget(blocks, out)
-        elif event.kind is ev.HintKind.DEMOTE:
-            self._demote(blocks, now_ns, out)
-        else:
-            self._prefetch(blocks, now_ns, out)
-
-    def _prefetch(self, blocks: Sequence[int], now_ns: int, out: Out) -> None:
-        cold, host = self.tables.get(TierId.COLD), self._host
-        if cold is not None:
-            size = cold.page_blocks
-            pages = dict.fromkeys(
-                cold.ready[b] // size
-                for b in blocks
-                if cold.ready[b] >= 0 and host.place[b] == NO_PLACE
-            )
-            number, _ = self.movement.promote(pages, ev.Urgency.PREFETCH, now_ns, out)
-            if number is not None:
-                flight = self.movement.flights[number]
-                for move, arriving in zip(flight.transfer.moves, flight.arriving, strict=True):
-                    self.movement.prefetched[move.target] = len(arriving)
-        if TierId.DEVICE in self.tables:
-            urgency = ev.Urgency.PREFETCH
-            self.movement.copy(blocks, TierId.HOST, TierId.DEVICE, urgency, now_ns, out)
-
-    def _demote(self, blocks: Sequence[int], now_ns: int, out: Out) -> None:
-        """The prefix pauses: make it the first to go, after a cold copy of it exists."""
-        host, size = self._host, self._host.page_blocks
-        pages = {host.ready[b] // size for b in blocks if host.ready[b] >= 0}
-        self.movement.write_back(
-            sorted(pages & self.movement.dirty), ev.Urgency.DEMOTE, now_ns, out
-        )
-        for tier in _MEMORY:
-            table = self.tables.get(tier)
-            if table is None:
-                continue
-            idle = [b for b in blocks if table.ready[b] >= 0]
-            idle = [b for b in idle if not table.pins[table.ready[b] // table.page_blocks]]
-            below = [t for t in self.tables if t > tier]
-            safe = [b for b in idle if any(self.tables[t].ready[b] >= 0 for t in below)]
-            self.movement.drop(tier, [b for b in safe if b not in self.movement.held])
-
-    def _forget(self, blocks: Sequence[int], out: Out) -> None:
-        """Drop every copy that nobody uses; cold pages left empty are erased."""
-        self.movement.held.difference_update(blocks)
-        for tier in list(self.tables):
-            table = self.tables[tier]
-            idle = [b for b in blocks if table.ready[b] >= 0]
-            idle = [b for b in idle if not table.pins[table.ready[b] // table.page_blocks]]
-            pages = {table.ready[b] // table.page_blocks for b in idle}
-            self.movement.drop(tier, idle)
-            if tier is TierId.COLD:
-                empty = sorted(page for page in pages if page not in table.pool.owner)
-                if empty:
-                    out.append(ev.Erase(empty))
-
-    def _set_deadline(self, keys: Sequence[BlockKey], at_ns: int, namespace: str) -> None:
-        for key in keys:
-            self._deadline[key] = at_ns
-        self._expire.add(at_ns, keys, namespace)
-
-    def _tick(self, event: ev.Tick, now_ns: int, out: Out) -> None:
-        for keys, _ in self._expire.due(now_ns):
-            due = [key for key in keys if self._deadline.get(key, now_ns + 1) <= now_ns]
-            found = [(key, self.index.find(key)) for key in due]
-            for key in due:
-                del self._deadline[key]
-            self._forget([block for _, block in found if block is not None], out)
-            left = [key for key, _ in found if self.tier_of_key(key) is not None]
-            if left:  # somebody reads them now: ask again a second later
-                self._set_deadline(left, now_ns + 1_000_000_000, "")
-        for keys, _ in self._expect.due(now_ns):
-            self._prefetch(self.index.match(keys), now_ns, out)
+    # ---- small parts
 
     def tier_of_key(self, key: bytes) -> TierId | None:
         """The fastest tier from which a key may be read."""

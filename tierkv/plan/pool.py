@@ -51,17 +51,19 @@ class PagePool:
         """Whether the page is closed to new blocks while its bytes are copied."""
         return page in self._sealed
 
-    def take(self, count: int, namespace: str, pages_max: int | None = None) -> list[Span]:
-        """Take up to `count` places: the open page, then whole pages, then holes.
+    def take(
+        self, count: int, namespace: str, *, pages_max: int | None = None, index: int = 0
+    ) -> list[Span]:
+        """Take places for blocks ``index .. count``: the open page, then whole pages, then holes.
 
         `pages_max` bounds how many further whole pages may be opened. Fewer places than asked
         for are returned when there are no more.
         """
         spans: list[Span] = []
-        index, size = 0, self.page_blocks
+        size = self.page_blocks
         mark = self._open.get(namespace)
         if mark is not None:
-            index = self._advance(mark, count, 0, spans, namespace)
+            index = self._advance(mark, count, index, spans, namespace)
         fresh = min(-(-(count - index) // size), len(self._free))
         if pages_max is not None:
             fresh = min(fresh, max(0, pages_max))

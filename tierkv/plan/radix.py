@@ -134,7 +134,7 @@ class RadixIndex:
             while node is not None and node is not self._root and not node.children:
                 run, above, count = node.blocks, node.parent, 0
                 for at in reversed(run):
-                    if first[at] >= 0 or any(place[at] >= 0 for place in others):
+                    if first[at] >= 0 or (others and any([place[at] >= 0 for place in others])):
                         break
                     count += 1
                 if not count:

@@ -11,13 +11,14 @@ def abandon(store: Store) -> None:
     Transfers that had begun end as they do; what the file engine had not made durable is for the
     engine (`MemoryFiles.crash`) to decide. The store is closed afterwards.
     """
-    with store._lock:
-        store._closed = True
-        for number in list(store._planner.movement.flights):
-            store._engine.cancel(number)
-    store._engine.close()
-    if store._files is not None:
-        store._files.shutdown()
-    store._host.close()
-    if store._device is not None:
-        store._device.close()
+    runtime, parts = store._runtime, store._parts
+    with runtime.lock:
+        runtime.is_closed = True
+        for number in list(runtime.planner.movement.flights):
+            runtime.engine.cancel(number)
+    runtime.engine.close()
+    if parts.files is not None:
+        parts.files.shutdown()
+    parts.host.close()
+    if parts.device is not None:
+        parts.device.close()

@@ -89,15 +89,17 @@ class HostTier:
 
     def write(self, spans: Iterable[Span], data: Bytes) -> None:
         """Copy blocks in: `data` (layers, blocks, block_layer_bytes), any strides."""
-        blocks, copy = self.blocks, np.copyto
+        blocks, copy, full = self.blocks, np.copyto, self.plan.warm_page_blocks
         for index, page, offset, count in spans:
-            copy(blocks[page, :, offset : offset + count], data[:, index : index + count])
+            place = blocks[page] if count == full else blocks[page, :, offset : offset + count]
+            copy(place, data[:, index : index + count])
 
     def read(self, spans: Iterable[Span], out: Bytes) -> None:
         """Copy blocks out into `out` (layers, blocks, block_layer_bytes), any strides."""
-        blocks, copy = self.blocks, np.copyto
+        blocks, copy, full = self.blocks, np.copyto, self.plan.warm_page_blocks
         for index, page, offset, count in spans:
-            copy(out[:, index : index + count], blocks[page, :, offset : offset + count])
+            place = blocks[page] if count == full else blocks[page, :, offset : offset + count]
+            copy(out[:, index : index + count], place)
 
     def zero(self, page: int, offsets: Sequence[int]) -> None:
         """Clear places and the page's padding, before they reach a disk."""

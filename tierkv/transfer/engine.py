@@ -87,9 +87,7 @@ class TransferEngine:
                 "file", threads=threads, inflight_bytes_max=inflight_bytes_max
             )
         if device is not None:
-            self._lanes["device"] = Lane(
-                "device", threads=1, inflight_bytes_max=inflight_bytes_max
-            )
+            self._lanes["device"] = Lane("device", threads=1, inflight_bytes_max=inflight_bytes_max)
 
     def submit(self, transfer: Transfer, *, deadline_ns: int | None = None) -> None:
         """Start a transfer; its result comes by `poll`. `deadline_ns` is monotonic time."""
@@ -135,9 +133,7 @@ class TransferEngine:
     def wait(self, timeout_s: float, *, until: Callable[[], bool]) -> bool:
         """Sleep until there is something to poll or `until()`; False if the time ran out first."""
         with self._progress:
-            return self._progress.wait_for(
-                lambda: bool(self._done) or until(), max(0.0, timeout_s)
-            )
+            return self._progress.wait_for(lambda: bool(self._done) or until(), max(0.0, timeout_s))
 
     def wake(self) -> None:
         """Let waiting threads look again: results were taken in by another thread."""
