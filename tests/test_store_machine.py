@@ -149,9 +149,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(prompt=prompts, namespace=spaces, kind=st.sampled_from(list(HintKind)))
     def hint(self, prompt: list[int], namespace: str, kind: HintKind) -> None:
         keys = list(self.store.keys(self.tokens(prompt), namespace=namespace))
+        if kind is HintKind.TTL and self.leases:
+            return  # it would be dropped later, at a time that the model does not know
         if kind in (HintKind.FORGET, HintKind.TTL):
             self.durable -= {p for p in self.durable if p[0] == namespace}
         self.store.hint(Hint(kind, keys, namespace, at_ns=1))
+        if kind is HintKind.TTL:
+            self.store.step()
 
     @rule()
     def step(self) -> None:

@@ -114,7 +114,7 @@ class Reader:
         stop = first + (count if whole else min(count, self._window))
         with runtime.lock:
             runtime.pump()
-            event = ev.Acquire(match.keys[first:stop], match.namespace)  # type: ignore[arg-type]
+            event = ev.Acquire(match.keys[:stop], first, match.namespace)  # type: ignore[arg-type]
             grant = runtime.handle(event)[-1]
             assert isinstance(grant, ev.Grant)
             parts = None if grant.waits else runtime.planner.located(grant.lease)

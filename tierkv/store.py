@@ -46,6 +46,7 @@ class Store:
         self._parts = parts
         self._chains = parts.chains
         self._cold = parts.cold
+        self._syncs = 0
         self._runtime = Runtime(parts.spec, parts.engine, demand_s=demand_s, log=config.event_log)
         self._memory = Memory(self.plan, parts.host, parts.device)
         self._reader = Reader(self._runtime, self._memory, demand_s=demand_s)
@@ -211,14 +212,21 @@ class Store:
 
     def _sync(self) -> bool:
         assert self._cold is not None
+        runtime = self._runtime
+        with runtime.lock:
+            self._syncs += 1
+            number = self._syncs
+            runtime.handle(ev.Syncing(number))
         try:
             self._cold.sync()
         except TierFailed as error:
             logger.warning("sync failed, unsynced pages are forgotten error=%s", error)
             lost = sorted(self._cold.distrusted)
-            with self._runtime.lock:
-                self._runtime.handle(ev.Distrust(lost))
+            with runtime.lock:
+                runtime.handle(ev.Distrust(lost))
             return False
+        with runtime.lock:
+            runtime.handle(ev.Synced(number))
         return True
 
     def _erase(self, instructions: Iterable[ev.AnyInstruction]) -> None:
@@ -228,6 +236,8 @@ class Store:
                     self._cold.erase(item.pages)
                 except TierFailed as error:
                     logger.warning("erase failed pages=%d error=%s", len(item.pages), error)
+                with self._runtime.lock:
+                    self._runtime.handle(ev.Erased(item.pages))
 
     def close(self) -> None:
         """Write back what is only in memory, make it durable, and let everything go."""

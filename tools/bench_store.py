@@ -115,8 +115,12 @@ def host_rows(
     put, get = Pairs(), Pairs()
     with open_store(layout, host=capacity) as store:
         for turn in range(4):
-            chains = [keys_of(store, turn * batches + n, batch) for n in range(batches)]
-            for n, keys in enumerate(chains):
+            chains: list[list[BlockKey]] = []
+            for n in range(batches):
+                # As in an engine, which has just looked these keys up and missed.
+                keys = keys_of(store, turn * batches + n, batch)
+                assert not store.match_keys(keys).blocks
+                chains.append(keys)
                 at = n % 4 * batch
                 data = source[:, at : at + batch]
                 pair = (
@@ -281,7 +285,9 @@ def get_cold(
     chain = 32
     target = aligned(batch * 2 * MIB).reshape(batch, -1)
     host = 320 * MIB
-    with open_store(layout, host=host, cold=blocks * (2 * MIB + 8192), directory=place / "ours") as store:
+    with open_store(
+        layout, host=host, cold=blocks * (2 * MIB + 8192), directory=place / "ours"
+    ) as store:
         order = np.random.default_rng(batch).permutation(blocks // max(batch, chain))
         for n in order:
             for part in range(max(1, chain // batch)):

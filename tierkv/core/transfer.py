@@ -17,11 +17,11 @@ class Urgency(IntEnum):
     DEMOTE = 2
 
 
-class Instruction(msgspec.Struct, frozen=True, tag=True):
+class Instruction(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Something to be done."""
 
 
-class Move(msgspec.Struct, frozen=True):
+class Move(msgspec.Struct, frozen=True, gc=False):
     """One page (host ↔ cold) or one block (device ↔ host: places) of a transfer."""
 
     source: int

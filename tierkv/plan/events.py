@@ -27,7 +27,7 @@ class HintKind(StrEnum):
     TTL = "ttl"  # drop it at `at_ns`
 
 
-class Event(msgspec.Struct, frozen=True, tag=True):
+class Event(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Something that happened."""
 
 
@@ -47,9 +47,10 @@ class Filled(Event, frozen=True):
 
 
 class Acquire(Event, frozen=True):
-    """Consecutive blocks of a chain are wanted in memory, pinned."""
+    """Blocks `first ..` of a chain are wanted in memory, pinned."""
 
     keys: list[bytes]
+    first: int
     namespace: str
 
 
@@ -101,8 +102,26 @@ class Recovered(Event, frozen=True):
     pages: list[RecoveredPage]
 
 
+class Syncing(Event, frozen=True):
+    """A sync of the cold tier begins; numbers rise."""
+
+    number: int
+
+
+class Synced(Event, frozen=True):
+    """That sync has succeeded: what was written before it began is durable."""
+
+    number: int
+
+
 class Distrust(Event, frozen=True):
     """Cold pages whose durability was promised wrongly (a failed sync): forget them."""
+
+    pages: list[int]
+
+
+class Erased(Event, frozen=True):
+    """An `Erase` was carried out, or failed for good."""
 
     pages: list[int]
 
@@ -158,7 +177,7 @@ class Short(Instruction, frozen=True):
 
 
 class Erase(Instruction, frozen=True):
-    """Make cold pages unfindable by a later recovery."""
+    """Make cold pages unfindable by a later recovery, then say `Erased`."""
 
     pages: list[int]
 
@@ -174,7 +193,10 @@ AnyEvent: TypeAlias = (
     | Hint
     | Flush
     | Recovered
+    | Syncing
+    | Synced
     | Distrust
+    | Erased
     | Tick
 )
 AnyInstruction: TypeAlias = Fill | Transfer | Raise | Cancel | Grant | Short | Erase

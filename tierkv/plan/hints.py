@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
 
 from tierkv.core.keys import BlockKey
 from tierkv.core.stats import Stats
@@ -19,7 +20,9 @@ from tierkv.plan.radix import RadixIndex
 from tierkv.plan.residency import NO_PLACE
 from tierkv.plan.spec import PlanSpec
 
-_RETRY_NS = 1_000_000_000
+_RETRY_NS: Final = 1_000_000_000
+
+T = TypeVar("T")
 
 
 class Hints:
@@ -32,29 +35,26 @@ class Hints:
         self._host = movement.tables[TierId.HOST]
         self._stats = stats
         self._ttl_ns = {n.name: n.ttl_ns for n in spec.namespaces if n.ttl_ns is not None}
-        self._expire = _Clock()
-        self._expect = _Clock()
-        self._deadline: dict[BlockKey, int] = {}
+        self._expire: _Clock[Sequence[int]] = _Clock()
+        self._expect: _Clock[list[BlockKey]] = _Clock()
 
     def filled(self, blocks: Sequence[int], namespace: str, now_ns: int) -> None:
         """Blocks were put: the namespace's time to live begins."""
-        ttl_ns = self._ttl_ns.get(namespace) if self._ttl_ns else None
+        ttl_ns = self._ttl_ns.get(namespace)
         if ttl_ns is not None:
-            keys = [self._index.key(block) for block in blocks]
-            self._set_deadline(keys, now_ns + ttl_ns, namespace)
+            self._set_deadline(blocks, now_ns + ttl_ns)
 
     def take(self, event: ev.Hint, now_ns: int, out: Out) -> None:
         """An engine's word about a prefix."""
         keys: list[BlockKey] = event.keys  # type: ignore[assignment]
         self._stats.add("tierkv_hints_total", 1, event.kind)
         if event.kind is ev.HintKind.EXPECT and event.at_ns > now_ns:
-            self._expect.add(event.at_ns, keys, event.namespace)
-            return
-        if event.kind is ev.HintKind.TTL:
-            self._set_deadline(keys, event.at_ns, event.namespace)
+            self._expect.add(event.at_ns, keys)
             return
         blocks = self._index.match(keys)
-        if event.kind is ev.HintKind.PIN:
+        if event.kind is ev.HintKind.TTL:
+            self._set_deadline(blocks, event.at_ns)
+        elif event.kind is ev.HintKind.PIN:
             self._movement.held.update(blocks)
         elif event.kind is ev.HintKind.UNPIN:
             self._movement.held.difference_update(blocks)
@@ -108,48 +108,60 @@ class Hints:
             idle = [b for b in blocks if table.ready[b] >= 0]
             idle = [b for b in idle if not table.pins[table.ready[b] // table.page_blocks]]
             pages = {table.ready[b] // table.page_blocks for b in idle}
-            self._movement.drop(tier, idle)
             if tier is TierId.COLD:
-                empty = sorted(page for page in pages if page not in table.pool.owner)
-                if empty:
-                    out.append(ev.Erase(empty))
+                self._drop_cold(idle, sorted(pages), out)
+            else:
+                self._movement.drop(tier, idle)
 
-    def _set_deadline(self, keys: Sequence[BlockKey], at_ns: int, namespace: str) -> None:
-        for key in keys:
-            self._deadline[key] = at_ns
-        self._expire.add(at_ns, keys, namespace)
+    def _drop_cold(self, blocks: Sequence[int], pages: Sequence[int], out: Out) -> None:
+        """Drop blocks on disk; pages left empty stay pinned, so unused, until they are erased."""
+        cold = self._tables[TierId.COLD]
+        for page in pages:
+            cold.pin(page)
+        self._movement.drop(TierId.COLD, blocks)
+        empty = [page for page in pages if not cold.pool.used[page]]
+        for page in pages:
+            if page not in empty:
+                self._movement.unpin(TierId.COLD, page)
+        if empty:
+            out.append(ev.Erase(empty))
+
+    def erased(self, event: ev.Erased, now_ns: int, out: Out) -> None:
+        """Erased pages may be used again."""
+        for page in event.pages:
+            self._movement.unpin(TierId.COLD, page)
+
+    def _set_deadline(self, blocks: Sequence[int], at_ns: int) -> None:
+        self._movement.deadlines.update(dict.fromkeys(blocks, at_ns))
+        self._expire.add(at_ns, blocks)
 
     def tick(self, event: ev.Tick, now_ns: int, out: Out) -> None:
         """Time has passed: drop what is over, fetch what is expected."""
-        for keys, _ in self._expire.due(now_ns):
-            due = [key for key in keys if self._deadline.get(key, now_ns + 1) <= now_ns]
-            found = [(key, self._index.find(key)) for key in due]
-            for key in due:
-                del self._deadline[key]
-            self._forget([block for _, block in found if block is not None], out)
-            left = [key for key, _ in found if self._is_resident(key)]
-            if left:  # somebody reads them now: ask again a second later
-                self._set_deadline(left, now_ns + _RETRY_NS, "")
-        for keys, _ in self._expect.due(now_ns):
+        deadlines = self._movement.deadlines
+        for blocks in self._expire.due(now_ns):
+            # An id that was given to another block has that block's deadline, or none.
+            over = [b for b in blocks if deadlines.get(b, now_ns + 1) <= now_ns]
+            self._forget(over, out)
+            left = [b for b in over if any(t.place[b] >= 0 for t in self._tables.values())]
+            for block in over:
+                del deadlines[block]
+            if left:  # somebody reads them now: ask again later
+                self._set_deadline(left, now_ns + _RETRY_NS)
+        for keys in self._expect.due(now_ns):
             self._prefetch(self._index.match(keys), now_ns, out)
-
-    def _is_resident(self, key: bytes) -> bool:
-        block = self._index.find(key)
-        return block is not None and any(t.place[block] >= 0 for t in self._tables.values())
 
 
 @dataclass(slots=True)
-class _Clock:
+class _Clock(Generic[T]):
     """Things that happen at a time: a heap with a tie-breaker, so that order is total."""
 
-    heap: list[tuple[int, int, Sequence[BlockKey], str]] = field(default_factory=list)
+    heap: list[tuple[int, int, T]] = field(default_factory=list)
     count: int = 0
 
-    def add(self, at_ns: int, keys: Sequence[BlockKey], namespace: str) -> None:
-        heapq.heappush(self.heap, (at_ns, self.count, keys, namespace))
+    def add(self, at_ns: int, item: T) -> None:
+        heapq.heappush(self.heap, (at_ns, self.count, item))
         self.count += 1
 
-    def due(self, now_ns: int) -> Iterable[tuple[Sequence[BlockKey], str]]:
+    def due(self, now_ns: int) -> Iterable[T]:
         while self.heap and self.heap[0][0] <= now_ns:
-            _, _, keys, namespace = heapq.heappop(self.heap)
-            yield keys, namespace
+            yield heapq.heappop(self.heap)[2]

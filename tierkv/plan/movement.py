@@ -5,16 +5,18 @@ host page once it is safe). **Promotion** reads a cold page into a whole host pa
 moves single blocks between device and host. Each pins both ends, so neither is evicted or reused
 under it; each ends with `finish`, which publishes what arrived and forgets what did not.
 
+A page that was written back partly filled and then filled further is written again as a whole;
+its earlier cold page is kept until a sync has made the new one durable.
+
 A host page is *dirty* while it has a block that the cold tier lacks. Pages are written back when
-they are full, on `Flush`, and when they must go. A page that was written back partly filled and
-then filled further is written again as a whole; its earlier cold page is freed when the new one
-is complete. Single owner (the planner).
+they are full, on `Flush`, and when they must go. Single owner (the planner).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from tierkv.core.stats import Stats
 from tierkv.core.tier import BlockLabel, PageLabel, Span, TierId
@@ -27,6 +29,10 @@ from tierkv.plan.residency import NO_PLACE, TierTable
 from tierkv.plan.spec import PlanSpec
 
 Out = list[AnyInstruction]
+
+#: A pass of eviction frees at least this many pages, or this share of a small tier.
+_EVICT_PAGES_MAX: Final = 16
+_EVICT_SHARE: Final = 64
 
 
 @dataclass(slots=True)
@@ -54,6 +60,7 @@ class Movement:
         self.flights: dict[int, Flight] = {}
         self.dirty: set[int] = set()
         self.held: set[int] = set()
+        self.deadlines: dict[int, int] = {}  # block -> when it is to be dropped
         self.loose: list[int] = []  # blocks that may be resident nowhere: see `prune`
         self.prefetched: dict[int, int] = {}  # host page -> blocks brought by a prefetch
         self._roots = {n.name: n.root for n in spec.namespaces}
@@ -110,6 +117,8 @@ class Movement:
                 return False
             return not self.held or self.held.isdisjoint(table.blocks_in(page))
 
+        if wanted > 0:  # a few more at once: most of the cost is per pass, not per page
+            wanted = max(wanted, min(_EVICT_PAGES_MAX, pool.pages // _EVICT_SHARE))
         simple = not (own_only or self.held)
         idle: Callable[[int], bool] = (lambda page: not pins[page]) if simple else is_evictable
         victims = self.policies[tier].evict(max(0, wanted), idle)
@@ -178,6 +187,9 @@ class Movement:
         gone = self.index.prune(self.loose, [table.place for table in self.tables.values()])
         if self.held:
             self.held.difference_update(gone)
+        if self.deadlines:
+            for block in gone:
+                self.deadlines.pop(block, None)
         self.loose.clear()
 
     # ---- moves
@@ -333,16 +345,18 @@ class Movement:
         elif not ok and transfer.source is TierId.HOST:
             self.dirty.add(move.source)
 
+    def synced(self, sync: int) -> None:
+        """What was written before a sync began is durable: older copies of it may go."""
+        for page in self.tables[TierId.COLD].settle(sync):
+            self.policies[TierId.COLD].forget(page)
+
     def _relocate(self, blocks: Sequence[int], move: Move, cold: TierTable) -> None:
         """Blocks that were in an older cold page are now in the page that just landed."""
         host = self.tables[TierId.HOST]
         for block in blocks:
             offset = host.place[block] % host.page_blocks
             if cold.place[block] != NO_PLACE:
-                old = cold.place[block] // cold.page_blocks
-                cold.drop([block])
-                if old not in cold.pool.owner:
-                    self.policies[TierId.COLD].forget(old)
+                cold.retire(block)
             cold.fill([block], [Span(0, move.target, offset, 1)])
             cold.publish([block])
 

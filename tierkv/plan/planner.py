@@ -84,7 +84,10 @@ class Planner:
             ev.Hint: self.hints.take,
             ev.Flush: self._flush,
             ev.Recovered: self._recovered,
+            ev.Syncing: self._syncing,
+            ev.Synced: self._synced,
             ev.Distrust: self._distrust,
+            ev.Erased: self.hints.erased,
             ev.Tick: self.hints.tick,
         }
         self._handlers = handlers
@@ -226,7 +229,10 @@ class Planner:
     def _acquire(self, event: ev.Acquire, now_ns: int, out: Out) -> None:
         keys: list[BlockKey] = event.keys  # type: ignore[assignment]
         blocks = self.index.match(keys)
-        if TierId.DEVICE not in self.tables and len(blocks) == len(keys):
+        complete = len(blocks) == len(keys)
+        if event.first:
+            del blocks[: event.first]
+        if TierId.DEVICE not in self.tables and complete:
             places = list(map(self._host.ready.__getitem__, blocks))
             if places and min(places) >= 0:
                 self._grant_host(blocks, places, event.namespace, now_ns, out)
@@ -357,6 +363,12 @@ class Planner:
             pages = sorted(self.movement.dirty)
             self.movement.write_back(pages, ev.Urgency.DEMOTE, now_ns, out)
 
+    def _syncing(self, event: ev.Syncing, now_ns: int, out: Out) -> None:
+        self.tables[TierId.COLD].sync_begun = event.number
+
+    def _synced(self, event: ev.Synced, now_ns: int, out: Out) -> None:
+        self.movement.synced(event.number)
+
     def _distrust(self, event: ev.Distrust, now_ns: int, out: Out) -> None:
         cold = self.tables[TierId.COLD]
         for page in event.pages:
@@ -364,13 +376,6 @@ class Planner:
 
     def _recovered(self, event: ev.Recovered, now_ns: int, out: Out) -> None:
         take_over(event.pages, self.spec, self.index, self.movement, now_ns)
-
-    # ---- small parts
-
-    def tier_of_key(self, key: bytes) -> TierId | None:
-        """The fastest tier from which a key may be read."""
-        block = self.index.find(key)
-        return None if block is None else self.tier_of(block)
 
     def check(self) -> None:
         """Assert every invariant; O(everything), for tests and `tierkv check`."""

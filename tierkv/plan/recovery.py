@@ -40,13 +40,13 @@ def take_over(
             found = Found(page.page, label.position, label.parent, page.label.namespace)
             chosen.setdefault(label.key, found)
     per_page: dict[int, tuple[str, list[int], list[int]]] = {}
+    ids: dict[bytes, int] = {}
     for key in _reachable(chosen, spec):
         number, offset, parent, namespace = chosen[key]
-        above = index.find(parent)
-        ids = index.insert([BlockKey(key)], parent=ROOT if above is None else above)
+        ids[key] = index.insert_below(ids.get(parent, ROOT), BlockKey(key))
         _, offsets, blocks = per_page.setdefault(number, (namespace, [], []))
         offsets.append(offset)
-        blocks.append(ids[0])
+        blocks.append(ids[key])
     for table in movement.tables.values():
         table.grow(index.ids_end)
     cold.pool.adopt({page: (ns, offsets) for page, (ns, offsets, _) in per_page.items()})

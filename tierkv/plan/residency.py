@@ -12,6 +12,7 @@ Single owner (the planner).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Final
@@ -54,17 +55,20 @@ class TierTable:
         self.pool = PagePool(pages, page_blocks)
         self.page_blocks = page_blocks
         self.pins: list[int] = [0] * pages
-        self.block_at: list[int] = [NO_PLACE] * (pages * page_blocks)
-        self.place: list[int] = []
-        self.ready: list[int] = []
+        # Arrays, not lists: an int object a block would cost a cache miss a block to let go.
+        self.block_at = array("q", [NO_PLACE]) * (pages * page_blocks)
+        self.place = array("q")
+        self.ready = array("q")
+        self.retired: dict[int, list[tuple[int, int]]] = {}  # page -> (sync begun, offset)
+        self.sync_begun = 0
         self._state = bytearray()
 
     def grow(self, ids_end: int) -> None:
         """Make room for block ids below `ids_end`."""
         extra = ids_end - len(self.place)
         if extra > 0:
-            self.place += [NO_PLACE] * extra
-            self.ready += [NO_PLACE] * extra
+            self.place += array("q", [NO_PLACE]) * extra
+            self.ready += array("q", [NO_PLACE]) * extra
             self._state += bytes(extra)  # ABSENT
 
     def state(self, block: int) -> State:
@@ -78,9 +82,9 @@ class TierTable:
         for index, page, offset, count in spans:
             start = page * size + offset
             run = blocks[index : index + count]
-            block_at[start : start + count] = run
+            block_at[start : start + count] = array("q", run)
             if isinstance(run, range):
-                place[run.start : run.stop] = range(start, start + count)
+                place[run.start : run.stop] = array("q", range(start, start + count))
             else:
                 for at, block in enumerate(run, start):
                     place[block] = at
@@ -112,17 +116,49 @@ class TierTable:
             if self.pool.give(page, (at - page * size,)) and not self.pins[page]:
                 self.pool.release(page)
 
-    def clear(self, pages: Sequence[int]) -> list[int]:
+    def retire(self, block: int) -> None:
+        """READY → ABSENT, but keep the place from being reused until `settle`.
+
+        A newer copy has been written, but only a sync makes it durable; until then the older copy
+        is what a crash would leave.
+        """
+        at = self.place[block]
+        self._move((block,), State.ABSENT)
+        self.place[block] = self.ready[block] = self.block_at[at] = NO_PLACE
+        page, offset = divmod(at, self.page_blocks)
+        self.retired.setdefault(page, []).append((self.sync_begun, offset))
+
+    def settle(self, sync: int) -> list[int]:
+        """Sync number `sync` is done: give back places retired before it began.
+
+        Gives the pages that this has freed.
+        """
+        freed: list[int] = []
+        for page, entries in list(self.retired.items()):
+            offsets = [offset for begun, offset in entries if begun < sync]
+            left = [entry for entry in entries if entry[0] >= sync]
+            if left:
+                self.retired[page] = left
+            else:
+                del self.retired[page]
+            if self.pool.give(page, offsets) and not self.pins[page]:
+                self.pool.release(page)
+                freed.append(page)
+        return freed
+
+    def clear(self, pages: Sequence[int]) -> Sequence[int]:
         """Any state → ABSENT for all blocks of unpinned pages, which become free; gives them."""
-        gone: list[int] = []
+        gone = array("q")
         place, ready, block_at, size = self.place, self.ready, self.block_at, self.page_blocks
-        blank = [NO_PLACE] * size
+        blank = array("q", [NO_PLACE]) * size
         for page in pages:
             start = page * size
             gone += block_at[start : start + size]
             block_at[start : start + size] = blank
+            if self.retired:
+                self.retired.pop(page, None)
         if NO_PLACE in gone:
-            gone = [block for block in gone if block != NO_PLACE]
+            gone = array("q", [block for block in gone if block != NO_PLACE])
         self.pool.release_full(pages)
         self._move(gone, State.ABSENT)
         for block in gone:
@@ -175,6 +211,7 @@ class TierTable:
             if page in self.pool.owner:
                 assert self.pool.used[page] >= held, f"page {page} counts fewer blocks than it has"
                 if not self.pins[page]:
+                    held += len(self.retired.get(page, ()))
                     assert self.pool.used[page] == held > 0, f"page {page}: {held} blocks"
 
     def _move(self, blocks: Sequence[int], after: State) -> None:

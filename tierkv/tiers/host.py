@@ -21,7 +21,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Literal
 
@@ -31,6 +31,7 @@ import numpy.typing as npt
 from tierkv.core.errors import TierFailed
 from tierkv.core.geometry import GIB, MIB, PagePlan
 from tierkv.core.tier import Span
+from tierkv.kernels.streaming import STREAM_ALIGN, StreamCopy, stream_copy
 from tierkv.tiers import numa
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ _MADV_DONTDUMP: Final = 16
 _MADV_POPULATE_WRITE: Final = 23
 _CHUNK_BYTES: Final = 64 * MIB
 _SLOW_CHUNK_S: Final = 1.0
+#: Smaller copies are absorbed by the last-level cache, and that is faster.
+_STREAM_BYTES_MIN: Final = 8 * MIB
 _REGISTER_BYTES: Final = GIB
 
 
@@ -66,6 +69,7 @@ class HostTier:
         self._cuda = cuda
         self._registered: list[int] = []
         self._map: mmap.mmap | None = None
+        self._copy: StreamCopy | None = None
 
     def open(self) -> None:
         """Map, bind and touch the arena. Raises TierFailed if there is not enough memory."""
@@ -84,22 +88,58 @@ class HostTier:
         self.pages: Bytes = arena.reshape(-1, plan.warm_page_bytes)
         payload = self.pages[:, : plan.warm_payload_bytes]
         self.blocks: Bytes = payload.reshape(-1, *plan.warm_page_shape)
+        self._base = arena.ctypes.data
+        self._plane = plan.warm_page_blocks * plan.block_layer_bytes
+        # Rows of the arena are whole lines, so that each may be a target; see `_stream`.
+        self._copy = stream_copy() if plan.block_layer_bytes % STREAM_ALIGN == 0 else None
         if self._cuda:
             self._register(arena)
 
-    def write(self, spans: Iterable[Span], data: Bytes) -> None:
+    def write(self, spans: Sequence[Span], data: Bytes) -> None:
         """Copy blocks in: `data` (layers, blocks, block_layer_bytes), any strides."""
-        blocks, copy, full = self.blocks, np.copyto, self.plan.warm_page_blocks
+        stream = self._stream(spans, data)
+        if stream is not None:
+            plan, base, source = self.plan, self._base, data.ctypes.data
+            size, page_bytes = plan.block_layer_bytes, plan.warm_page_bytes
+            plane, step = data.strides[:2]
+            for index, page, offset, count in spans:
+                target = base + page * page_bytes + offset * size
+                stream(
+                    target, source + index * step, plan.layers, count, size,
+                    self._plane, size, plane, step,
+                )  # fmt: skip
+            return
+        blocks, copy = self.blocks, np.copyto
         for index, page, offset, count in spans:
-            place = blocks[page] if count == full else blocks[page, :, offset : offset + count]
-            copy(place, data[:, index : index + count])
+            copy(blocks[page, :, offset : offset + count], data[:, index : index + count])
 
-    def read(self, spans: Iterable[Span], out: Bytes) -> None:
+    def read(self, spans: Sequence[Span], out: Bytes) -> None:
         """Copy blocks out into `out` (layers, blocks, block_layer_bytes), any strides."""
-        blocks, copy, full = self.blocks, np.copyto, self.plan.warm_page_blocks
+        stream = self._stream(spans, out)
+        if stream is not None and not _is_line_aligned(out):
+            stream = None
+        if stream is not None:
+            plan, base, target = self.plan, self._base, out.ctypes.data
+            size, page_bytes = plan.block_layer_bytes, plan.warm_page_bytes
+            plane, step = out.strides[:2]
+            for index, page, offset, count in spans:
+                source = base + page * page_bytes + offset * size
+                stream(
+                    target + index * step, source, plan.layers, count, size,
+                    plane, step, self._plane, size,
+                )  # fmt: skip
+            return
+        blocks, copy = self.blocks, np.copyto
         for index, page, offset, count in spans:
-            place = blocks[page] if count == full else blocks[page, :, offset : offset + count]
-            copy(out[:, index : index + count], place)
+            copy(out[:, index : index + count], blocks[page, :, offset : offset + count])
+
+    def _stream(self, spans: Sequence[Span], rows: Bytes) -> StreamCopy | None:
+        """The streaming copy, where it is right: much data, whole rows, rows of whole lines."""
+        if self._copy is None or not spans or rows.strides[2] != 1:
+            return None
+        first, last = spans[0], spans[-1]
+        blocks = last.index + last.count - first.index
+        return self._copy if blocks * self.plan.block_bytes >= _STREAM_BYTES_MIN else None
 
     def zero(self, page: int, offsets: Sequence[int]) -> None:
         """Clear places and the page's padding, before they reach a disk."""
@@ -150,6 +190,12 @@ class HostTier:
                 logger.warning("cudaHostRegister refused code=%d bytes=%d", code, count)
                 return
             self._registered.append(address)
+
+
+def _is_line_aligned(out: Bytes) -> bool:
+    """Whether every row of `out` may be written by lines; a read-only array may not."""
+    plane, row = out.strides[:2]
+    return out.flags.writeable and (out.ctypes.data | plane | row) % STREAM_ALIGN == 0
 
 
 def _advise(address: int, size_bytes: int, advice: int) -> bool:
