@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tierkv.core.keys import KeyChain
 from tierkv.core.tier import TierId
+from tierkv.core.transfer import Outcome
 from tierkv.plan import events as ev
 from tierkv.plan.event_log import entry_line, head_line, replay
 from tierkv.plan.planner import Planner
@@ -83,7 +84,7 @@ class World:
         transfer = self.flights.pop(number)
         source, target = self.bytes[transfer.source], self.bytes[transfer.target]
         if number in self.cancelled:
-            self.handle(ev.TransferDone(number, [False] * len(transfer.moves), cancelled=True))
+            self.handle(ev.TransferDone(number, [Outcome.SKIPPED] * len(transfer.moves)))
             return
         paged = TierId.COLD in (transfer.source, transfer.target)
         size = self.spec.tiers[TierId.HOST].page_blocks if paged else 1
@@ -92,7 +93,8 @@ class World:
                 target.pop(move.target * size + n, None)
                 if move.source * size + n in source:
                     target[move.target * size + n] = source[move.source * size + n]
-        self.handle(ev.TransferDone(number, [ok] * len(transfer.moves)))
+        outcome = Outcome.ARRIVED if ok else Outcome.FAILED
+        self.handle(ev.TransferDone(number, [outcome] * len(transfer.moves)))
 
     def land_all(self) -> None:
         while self.flights:
@@ -100,7 +102,7 @@ class World:
 
     def acquire(self, tokens: list[int], namespace: str = "default") -> ev.Grant:
         keys = CHAINS[namespace].of_tokens(tokens)
-        out = self.handle(ev.Acquire(list(keys), 0, namespace))
+        out = self.handle(ev.Acquire(list(keys), 0, len(keys), namespace))
         (grant,) = [item for item in out if isinstance(item, ev.Grant)]
         return grant
 
@@ -235,7 +237,7 @@ def test_a_demand_joins_a_prefetch_and_raises_it() -> None:
     keys = CHAINS["default"].of_tokens([1, 2])
     world.handle(ev.Hint(ev.HintKind.PREFETCH, list(keys)))
     (number,) = world.flights
-    out = world.handle(ev.Acquire(list(keys), 0, "default"))
+    out = world.handle(ev.Acquire(list(keys), 0, 2, "default"))
 
     assert ev.Raise(number, ev.Urgency.DEMAND) in out
     assert world.planner.stats.get("tierkv_prefetch_bytes_total", "late") == 16

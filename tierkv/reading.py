@@ -80,10 +80,12 @@ class Reader:
             self.release(held)
             done += delivered
             if delivered < held.count or done >= wanted:
-                self.release(ahead)
+                if ahead is not None:
+                    self.release(ahead)
                 break
             if ahead is None or not ahead.count:
-                self.release(ahead)
+                if ahead is not None:
+                    self.release(ahead)
                 ahead = self._acquire_soon(match, first_block + done, wanted - done, deadline)
             held = ahead
         else:
@@ -111,10 +113,10 @@ class Reader:
 
     def _acquire(self, match: Match, first: int, count: int, *, whole: bool = False) -> Held:
         runtime = self._runtime
-        stop = first + (count if whole else min(count, self._window))
+        wanted = count if whole else min(count, self._window)
         with runtime.lock:
             runtime.pump()
-            event = ev.Acquire(match.keys[:stop], first, match.namespace)  # type: ignore[arg-type]
+            event = ev.Acquire(match.keys, first, wanted, match.namespace)  # type: ignore[arg-type]
             grant = runtime.handle(event)[-1]
             assert isinstance(grant, ev.Grant)
             parts = None if grant.waits else runtime.planner.located(grant.lease)

@@ -73,7 +73,7 @@ class Runtime:
         if not self.engine.has_results:
             return
         for result in self.engine.poll():
-            self.handle(ev.TransferDone(result.transfer, result.ok, result.cancelled))
+            self.handle(ev.TransferDone(result.transfer, result.outcomes))
         self.engine.wake()
 
     def wait(self, transfers: Sequence[int], deadline: float) -> bool:

@@ -43,6 +43,8 @@ class Store:
         limits = config.transfer
         demand_s = limits.demand_deadline_ms / 1e3
         self._put_s = limits.put_deadline_ms / 1e3
+        cold_page = self.plan.cold_page_warm_pages * self.plan.warm_page_blocks
+        self._put_step = max(1, cold_page // 4) if parts.cold else 1 << 62
         self._parts = parts
         self._chains = parts.chains
         self._cold = parts.cold
@@ -152,19 +154,23 @@ class Store:
             return 0
         deadline = time.monotonic() + self._put_s
         done = 0
-        while True:
+        while done < offered:
             ended = runtime.engine.ended
+            # In steps, so that the disk writes what is copied while the rest is being copied.
+            stop = min(offered, done + self._put_step)
             with runtime.lock:
                 runtime.pump()
-                event = ev.Put(chain, first_block + done, namespace)  # type: ignore[arg-type]
+                event = ev.Put(chain[: first_block + stop], first_block + done, namespace)  # type: ignore[arg-type]
                 out = runtime.handle(event)
-            fill_all(runtime, self._memory, out, rows[:, done:] if done else rows)
+            fill_all(runtime, self._memory, out, rows[:, done:stop])
             short = next((item for item in out if isinstance(item, ev.Short)), None)
             if short is None:
-                return offered
+                done = stop
+                continue
             done += short.index
             if not runtime.wait_for_room(ended, deadline) and not short.index:
-                return done
+                break
+        return done
 
     # ---- background
 

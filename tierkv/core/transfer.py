@@ -17,6 +17,14 @@ class Urgency(IntEnum):
     DEMOTE = 2
 
 
+class Outcome(IntEnum):
+    """How one move of a transfer ended."""
+
+    SKIPPED = 0  # it did not begin: cancelled, or past its deadline
+    ARRIVED = 1
+    FAILED = 2  # nobody can tell what the target holds; a cold source is lost
+
+
 class Instruction(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Something to be done."""
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import msgspec
 
 from tierkv.core.tier import RecoveredPage, Span, TierId
-from tierkv.core.transfer import Instruction, Transfer, Urgency
+from tierkv.core.transfer import Instruction, Outcome, Transfer, Urgency
 
 
 class HintKind(StrEnum):
@@ -47,10 +47,11 @@ class Filled(Event, frozen=True):
 
 
 class Acquire(Event, frozen=True):
-    """Blocks `first ..` of a chain are wanted in memory, pinned."""
+    """Blocks ``first .. first + count`` of a chain are wanted in memory, pinned."""
 
     keys: list[bytes]
     first: int
+    count: int
     namespace: str
 
 
@@ -67,14 +68,10 @@ class Admit(Event, frozen=True):
 
 
 class TransferDone(Event, frozen=True):
-    """A transfer ended; `ok` tells for each of its moves whether the bytes arrived.
-
-    Bytes that did not arrive from a cold page are lost, unless the transfer was cancelled.
-    """
+    """A transfer ended; one outcome for each of its moves."""
 
     transfer: int
-    ok: list[bool]
-    cancelled: bool = False
+    outcomes: list[Outcome]
 
 
 class Touch(Event, frozen=True):

@@ -20,7 +20,7 @@ from typing import Final
 
 from tierkv.core.stats import Stats
 from tierkv.core.tier import BlockLabel, PageLabel, Span, TierId
-from tierkv.core.transfer import Move, Transfer, Urgency
+from tierkv.core.transfer import Move, Outcome, Transfer, Urgency
 from tierkv.plan.events import AnyInstruction, Cancel
 from tierkv.plan.policies import POLICIES
 from tierkv.plan.policies.base import EvictionPolicy
@@ -304,28 +304,25 @@ class Movement:
         self._start(source, target, moves, urgency, out, [[b] for b in started], drop=drop)
         return True
 
-    def finish(self, transfer: int, ok: Sequence[bool], now_ns: int, *, cancelled: bool) -> None:
+    def finish(self, transfer: int, outcomes: Sequence[Outcome], now_ns: int) -> None:
         """A transfer ended: publish what arrived, forget what did not, let both ends go."""
         flight = self.flights.pop(transfer)
         source, target = flight.transfer.source, flight.transfer.target
         finish = self._finish_pages if TierId.COLD in (source, target) else self._finish_block
-        for number in reversed(range(len(ok))):  # last page first: see `EvictionPolicy.touch`
-            finish(flight, number, ok[number], now_ns, cancelled=cancelled)
+        for number in reversed(range(len(outcomes))):  # last first: see `EvictionPolicy.touch`
+            finish(flight, number, outcomes[number], now_ns)
 
-    def _finish_pages(
-        self, flight: Flight, number: int, ok: bool, now_ns: int, *, cancelled: bool
-    ) -> None:
+    def _finish_pages(self, flight: Flight, number: int, outcome: Outcome, now_ns: int) -> None:
         move, transfer = flight.transfer.moves[number], flight.transfer
         source, target = self.tables[transfer.source], self.tables[transfer.target]
         blocks = flight.arriving[number]
         relocating = flight.relocating[number] if flight.relocating else []
-        if ok:
+        if outcome is Outcome.ARRIVED:
             target.publish(blocks)
             self._relocate(relocating, move, target)
             self.policies[transfer.target].track(move.target, now_ns)
         else:
-            kind = "cancelled" if cancelled else "failed"
-            self.stats.add("tierkv_transfers_failed_total", 1, transfer.target.label, kind)
+            self._count_failure(transfer, outcome)
             offsets = [source.place[b] % source.page_blocks for b in relocating]
             target.pool.give(move.target, offsets)
             self.drop(transfer.target, blocks)
@@ -334,7 +331,7 @@ class Movement:
         else:
             source.pool.unseal(move.source)
         self.unpin(transfer.target, move.target)
-        lost = not ok and not cancelled and transfer.source is TierId.COLD
+        lost = outcome is Outcome.FAILED and transfer.source is TierId.COLD
         if lost:
             source.pool.quarantine(move.source)
         self.unpin(transfer.source, move.source)
@@ -342,7 +339,7 @@ class Movement:
             self.drop(TierId.COLD, source.blocks_in(move.source))
         elif flight.drop:
             self.drop(transfer.source, source.blocks_in(move.source))
-        elif not ok and transfer.source is TierId.HOST:
+        elif outcome is not Outcome.ARRIVED and transfer.source is TierId.HOST:
             self.dirty.add(move.source)
 
     def synced(self, sync: int) -> None:
@@ -360,21 +357,18 @@ class Movement:
             cold.fill([block], [Span(0, move.target, offset, 1)])
             cold.publish([block])
 
-    def _finish_block(
-        self, flight: Flight, number: int, ok: bool, now_ns: int, *, cancelled: bool
-    ) -> None:
+    def _finish_block(self, flight: Flight, number: int, outcome: Outcome, now_ns: int) -> None:
         move, transfer = flight.transfer.moves[number], flight.transfer
         source, target = self.tables[transfer.source], self.tables[transfer.target]
         blocks = flight.arriving[number]
         page, goal = move.source // source.page_blocks, move.target // target.page_blocks
-        if ok:
+        if outcome is Outcome.ARRIVED:
             target.publish(blocks)
             self.policies[transfer.target].track(goal, now_ns)
             if transfer.target is TierId.HOST:
                 self.dirty.add(goal)
         else:
-            kind = "cancelled" if cancelled else "failed"
-            self.stats.add("tierkv_transfers_failed_total", 1, transfer.target.label, kind)
+            self._count_failure(transfer, outcome)
             self.drop(transfer.target, blocks)
         self.unpin(transfer.target, goal)
         self.unpin(transfer.source, page)
@@ -382,6 +376,10 @@ class Movement:
             self.drop(transfer.source, blocks)
 
     # ---- small parts
+
+    def _count_failure(self, transfer: Transfer, outcome: Outcome) -> None:
+        name = "tierkv_transfers_unfinished_total"
+        self.stats.add(name, 1, transfer.target.label, outcome.name.lower())
 
     def cancel_prefetches(self, out: Out) -> None:
         """Room is wanted by somebody who waits: call off what nobody waits for."""

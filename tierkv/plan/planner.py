@@ -228,11 +228,8 @@ class Planner:
 
     def _acquire(self, event: ev.Acquire, now_ns: int, out: Out) -> None:
         keys: list[BlockKey] = event.keys  # type: ignore[assignment]
-        blocks = self.index.match(keys)
-        complete = len(blocks) == len(keys)
-        if event.first:
-            del blocks[: event.first]
-        if TierId.DEVICE not in self.tables and complete:
+        blocks = self.index.match(keys, event.first, event.first + event.count)
+        if TierId.DEVICE not in self.tables and len(blocks) == event.count:
             places = list(map(self._host.ready.__getitem__, blocks))
             if places and min(places) >= 0:
                 self._grant_host(blocks, places, event.namespace, now_ns, out)
@@ -356,7 +353,7 @@ class Planner:
     # ---- transfers
 
     def _transfer_done(self, event: ev.TransferDone, now_ns: int, out: Out) -> None:
-        self.movement.finish(event.transfer, event.ok, now_ns, cancelled=event.cancelled)
+        self.movement.finish(event.transfer, event.outcomes, now_ns)
 
     def _flush(self, event: ev.Flush, now_ns: int, out: Out) -> None:
         if TierId.COLD in self.tables:

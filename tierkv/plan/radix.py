@@ -59,9 +59,9 @@ class RadixIndex:
         """One past the largest id ever given; tables indexed by id need this length."""
         return len(self._node_of)
 
-    def match(self, keys: Sequence[BlockKey]) -> list[int]:
-        """The ids of the longest known prefix of `keys`. No side effect."""
-        return self._walk(keys)[0]
+    def match(self, keys: Sequence[BlockKey], first: int = 0, stop: int | None = None) -> list[int]:
+        """The ids of ``keys[first:stop]``, as far as that chain is known. No side effect."""
+        return self._walk(keys, first, len(keys) if stop is None else stop)[0]
 
     def is_known(self, block: int) -> bool:
         """Whether this id names a block now."""
@@ -90,7 +90,7 @@ class RadixIndex:
         The ids of new blocks are consecutive where they can be: if all are new, a `range` comes
         back then, and tables indexed by it are written by slices.
         """
-        ids, node, length = self._walk(keys)
+        ids, node, length = self._walk(keys, 0, len(keys))
         fresh = list(keys[len(ids) :])
         if not fresh:
             return ids
@@ -167,21 +167,22 @@ class RadixIndex:
         assert node is not None, f"block {block} is not known"
         return node
 
-    def _walk(self, keys: Sequence[BlockKey]) -> tuple[list[int], Node, int]:
-        """The known ids, the run where they end, and how much of that run they take."""
+    def _walk(self, keys: Sequence[BlockKey], first: int, stop: int) -> tuple[list[int], Node, int]:
+        """Known ids of ``keys[first:stop]``, the run where they end, how much of it they take."""
         ids: list[int] = []
-        node, at, end = self._root, 0, len(keys)
-        while at < end:
+        node, at = self._root, 0
+        while at < stop:
             child = node.children.get(keys[at])
             if child is None:
                 break
             node, run = child, child.keys
-            length = min(len(run), end - at)
+            length = min(len(run), stop - at)
             if run[length - 1] != keys[at + length - 1]:
                 length = _agreeing(run, keys, at, length)
+            if at + length > first:
+                ids += node.blocks[max(0, first - at) : length]
             if length < len(run):
-                return ids + node.blocks[:length], node, length
-            ids += node.blocks
+                return ids, node, length
             at += length
         return ids, node, len(node.blocks)
 

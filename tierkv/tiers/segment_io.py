@@ -2,16 +2,18 @@
 
 A run is consecutive pages of one segment, moved by one request: header, payload, header, payload.
 Payloads go straight between the device and the caller's arrays where those are aligned for the
-engine, else through an aligned bounce; headers through a small scratch of the calling thread. The
-calling thread also computes the checksums (xxhash releases the GIL). Any thread.
+engine, else through an aligned bounce of the calling thread. Checksums are computed by the writing
+thread, and by whoever makes the call that a fetch gives back (xxhash releases the GIL): so one run
+can be verified while the next is read. Any thread.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +31,12 @@ from tierkv.tiers.segment_format import (
     verify_page,
 )
 
+#: Header buffers kept for the next reads.
+_SPARE_HEADERS_MAX: Final = 256
+
 Payload: TypeAlias = npt.NDArray[np.uint8]
+#: Why a page cannot be used, or None.
+Fault: TypeAlias = CorruptData | OSError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,7 @@ class SegmentIO:
         self._directory = directory
         self._plan = plan
         self._scratch = _Scratch(files.align_bytes)
+        self._spare_headers: deque[Payload] = deque(maxlen=_SPARE_HEADERS_MAX)
 
     def runs(self, pages: Sequence[int], pages_max: int) -> list[list[int]]:
         """Indices of `pages` as runs of at most `pages_max`, sorted by page."""
@@ -89,29 +97,38 @@ class SegmentIO:
             buffers += (space.data, through.data)
         self._files.write(segment.handle, shape.offset_of(headers[0].page), buffers)
 
-    def read_run(self, run: Sequence[Wanted]) -> list[CorruptData | OSError | None]:
+    def read_run(self, run: Sequence[Wanted]) -> list[Fault]:
         """Read and verify one run; per page None, or why its `out` holds anything."""
+        return self.fetch_run(run)()
+
+    def fetch_run(self, run: Sequence[Wanted]) -> Callable[[], list[Fault]]:
+        """Read one run now; the call that comes back verifies it, as `read_run`, on any thread."""
         shape = self._shape
-        buffers: list[Buffer] = []
-        spaces = self._headers(len(run))
+        size = shape.header_bytes
+        spaces = [self._take_header() for _ in run]
         throughs = self._bounces([wanted.out for wanted in run])
+        buffers: list[Buffer] = []
         for space, through in zip(spaces, throughs, strict=True):
             buffers += (space.data, through.data)
         try:
             segment = self._directory.segments[shape.segment_of(run[0].page)]
             self._files.read(segment.handle, shape.offset_of(run[0].page), buffers)
         except OSError as error:
-            if len(run) == 1:
-                return [error]
-            # One bad sector must cost one page: ask for each alone.
-            return [self.read_run([wanted])[0] for wanted in run]
-        faults: list[CorruptData | OSError | None] = []
-        for wanted, space, through in zip(run, spaces, throughs, strict=True):
-            fault = _fault(space.data, through.data, shape, wanted)
-            if fault is None and through is not wanted.out:
+            faults: list[Fault] = [error]
+            if len(run) > 1:  # one bad sector must cost one page: ask for each alone
+                faults = [self.read_run([wanted])[0] for wanted in run]
+            return lambda: faults
+        for wanted, through in zip(run, throughs, strict=True):
+            if through is not wanted.out:  # the bounce is this thread's, and soon used again
                 wanted.out[:] = through
-            faults.append(fault)
-        return faults
+
+        def verify() -> list[Fault]:
+            pairs = zip(run, spaces, strict=True)
+            faults = [_fault(space.data, wanted.out.data, shape, wanted) for wanted, space in pairs]
+            self._spare_headers.extend(spaces)
+            return faults
+
+        return verify
 
     def erase(self, page: int) -> int | None:
         """Zero a page's header; the number of its segment, None if it has none. Raises OSError."""
@@ -161,6 +178,12 @@ class SegmentIO:
     @property
     def _shape(self) -> SegmentShape:
         return self._directory.shape
+
+    def _take_header(self) -> Payload:
+        try:
+            return self._spare_headers.pop()
+        except IndexError:
+            return aligned_array(self._shape.header_bytes, self._files.align_bytes)
 
     def _headers(self, count: int) -> list[Payload]:
         return self._scratch.rows("headers", count, self._shape.header_bytes)

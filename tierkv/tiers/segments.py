@@ -36,7 +36,7 @@ from tierkv.core.tier import PageLabel, RecoveredPage
 from tierkv.tiers.files.base import FileEngine
 from tierkv.tiers.segment_directory import EPOCH_SHIFT, SegmentDirectory, tier_error
 from tierkv.tiers.segment_format import PageHeader
-from tierkv.tiers.segment_io import Payload, SegmentIO, Wanted
+from tierkv.tiers.segment_io import Fault, Payload, SegmentIO, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -175,22 +175,40 @@ class SegmentTier:
         not stored, that does not verify, or that the device cannot read; the last two are counted
         and quarantined. Data faults never raise.
         """
+        return self.fetch_pages(pages, outs)()
+
+    def fetch_pages(
+        self, pages: Sequence[int], outs: Sequence[Payload]
+    ) -> Callable[[], list[bool]]:
+        """Read as `read_pages` does; the call that comes back verifies, on any thread.
+
+        Until it has been made, nothing in `outs` may be believed.
+        """
         numbers = self._checked_batch(pages, outs)
         with self._lock:
             expected: list[int] = self._generations[numbers].tolist()
-        good = [False] * len(numbers)
         stored = [index for index, generation in enumerate(expected) if generation]
         runs = self._io.runs([numbers[i] for i in stored], self._plan.cold_page_warm_pages)
+        fetched: list[tuple[int, Wanted]] = []
+        checks: list[Callable[[], list[Fault]]] = []
         for run in runs:
             picks = [stored[i] for i in run]
             wanted = [Wanted(numbers[i], expected[i], outs[i]) for i in picks]
-            for index, page, fault in zip(picks, wanted, self._io.read_run(wanted), strict=True):
+            checks.append(self._io.fetch_run(wanted))
+            fetched += zip(picks, wanted, strict=True)
+
+        def verify() -> list[bool]:
+            good = [False] * len(numbers)
+            faults = [fault for check in checks for fault in check()]
+            for (index, page), fault in zip(fetched, faults, strict=True):
                 good[index] = fault is None
                 if fault is not None:
                     self._reject(page, fault)
-        with self._lock:
-            self._counts["pages_read"] += sum(good)
-        return good
+            with self._lock:
+                self._counts["pages_read"] += sum(good)
+            return good
+
+        return verify
 
     def sync(self) -> None:
         """Make every page written so far durable.

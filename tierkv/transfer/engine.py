@@ -6,23 +6,27 @@ batch, never per page: a hop between threads costs more than a small page.
 
 A batch whose deadline passed, or that was cancelled, ends as cancelled as far as it had not begun.
 An exception of a tier ends at the lane: it becomes "these pages did not arrive". Any thread.
+
+Lanes: `file` reads and writes the cold tier, `check` verifies what was read, `device` copies blocks
+between device and host.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tierkv.core.errors import TierKVError
 from tierkv.core.geometry import PagePlan
 from tierkv.core.stats import Stats
 from tierkv.core.tier import Span, TierId
-from tierkv.core.transfer import Transfer, Urgency
+from tierkv.core.transfer import Outcome, Transfer, Urgency
 from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.host import HostTier
 from tierkv.tiers.segments import SegmentTier
@@ -32,20 +36,20 @@ from tierkv.transfer.lane import Job, Lane
 logger = logging.getLogger(__name__)
 
 Link = tuple[TierId, TierId]
+T = TypeVar("T")
 
 
 class Result(NamedTuple):
-    """How a batch ended: per move, whether its bytes arrived."""
+    """How a batch ended, per move."""
 
     transfer: int
-    ok: list[bool]
-    cancelled: bool
+    outcomes: list[Outcome]
 
 
 @dataclass(slots=True)
 class _Batch:
     transfer: Transfer
-    ok: list[bool]
+    outcomes: list[Outcome]
     jobs_left: int
     size_bytes: int
     deadline_ns: int | None
@@ -74,6 +78,7 @@ class TransferEngine:
         self._device = device
         self._cold = cold
         self._piece_bytes = piece_bytes
+        self._threads = threads
         self._sync_each_write = sync_each_write
         self._batches: dict[int, _Batch] = {}
         self._done: deque[Result] = deque()
@@ -86,6 +91,8 @@ class TransferEngine:
             self._lanes["file"] = Lane(
                 "file", threads=threads, inflight_bytes_max=inflight_bytes_max
             )
+            checkers = max(1, min(4, (os.cpu_count() or 1) // 2))
+            self._lanes["check"] = Lane("check", threads=checkers, inflight_bytes_max=0)
         if device is not None:
             self._lanes["device"] = Lane("device", threads=1, inflight_bytes_max=inflight_bytes_max)
 
@@ -94,7 +101,7 @@ class TransferEngine:
         lane, pieces, unit_bytes = self._cut(transfer)
         batch = _Batch(
             transfer,
-            [False] * len(transfer.moves),
+            [Outcome.SKIPPED] * len(transfer.moves),
             len(pieces),
             unit_bytes * len(transfer.moves),
             deadline_ns,
@@ -152,70 +159,107 @@ class TransferEngine:
 
     # ---- the work
 
-    def _cut(self, transfer: Transfer) -> tuple[str, list[Sequence[int]], int]:
+    def _cut(self, transfer: Transfer) -> tuple[str, Sequence[Sequence[int]], int]:
         """The lane, the pieces (positions in `moves`), and the bytes of one move."""
         lane = self._lane_of(transfer)
         if lane == "device":
             return lane, [range(len(transfer.moves))], self._plan.block_bytes
         assert self._cold is not None
+        page_bytes = self._plan.warm_page_bytes
         reads = transfer.source is TierId.COLD
         pages = [move.source if reads else move.target for move in transfer.moves]
-        return lane, self._cold.pieces(pages, self._piece_bytes), self._plan.warm_page_bytes
+        pieces = self._cold.pieces(pages, max(self._piece_bytes, page_bytes))
+        return lane, self._staggered(pieces) if reads else pieces, page_bytes
+
+    def _staggered(self, pieces: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Cut reads so that they end one after another, each verified while others go on.
+
+        Requests of one size that start together end together, and the disk would wait while all
+        are verified. So the first of each thread are of rising sizes, the rest of the largest.
+        """
+        threads = self._threads
+        most = max(1, sum(map(len, pieces)) // (2 * threads))
+        ramp = [max(1, most * (n + 1) // threads) for n in range(threads)]
+        cut: list[Sequence[int]] = []
+        for piece in pieces:
+            at = 0
+            while at < len(piece):
+                size = ramp[len(cut)] if len(cut) < threads else most
+                cut.append(piece[at : at + size])
+                at += size
+        return cut
 
     def _lane_of(self, transfer: Transfer) -> str:
         return "file" if TierId.COLD in (transfer.source, transfer.target) else "device"
 
     def _job(self, batch: _Batch, piece: Sequence[int]) -> Callable[[], None]:
+        """Carry out one piece; what was read is verified on another lane, while we read on."""
+
         def run() -> None:
             now = time.monotonic_ns()
             with batch.lock:
                 batch.started_ns = batch.started_ns or now
                 late = batch.deadline_ns is not None and now > batch.deadline_ns
                 begin = not (batch.cancelled or late)
-                batch.cancelled = batch.cancelled or late
-            if begin:
-                try:
-                    arrived = self._carry(batch.transfer, piece)
-                except TierKVError as error:
-                    logger.warning("transfer failed error=%s", error)
-                    arrived = [False] * len(piece)
-                except Exception:
-                    # The end of the lane: whatever went wrong, the pages did not arrive.
-                    logger.exception("transfer failed id=%d", batch.transfer.id)
-                    arrived = [False] * len(piece)
-                for position, ok in zip(piece, arrived, strict=True):
-                    batch.ok[position] = ok
-            self._finish(batch)
+            if not begin:
+                self._finish(batch)
+                return
+            verify = self._attempt(lambda: self._carry(batch.transfer, piece))
+            if verify is None or batch.transfer.source is not TierId.COLD:
+                self._settle(batch, piece, verify)
+                return
+            job = Job(batch.transfer.id, 0, lambda: self._settle(batch, piece, verify))
+            self._lanes["check"].submit([job], batch.transfer.urgency)
 
         return run
+
+    def _settle(
+        self, batch: _Batch, piece: Sequence[int], verify: Callable[[], list[bool]] | None
+    ) -> None:
+        arrived = None if verify is None else self._attempt(verify)
+        for number, position in enumerate(piece):
+            ok = arrived is not None and arrived[number]
+            batch.outcomes[position] = Outcome.ARRIVED if ok else Outcome.FAILED
+        self._finish(batch)
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """The end of the lane: whatever goes wrong here, the pages did not arrive."""
+        try:
+            return work()
+        except TierKVError as error:
+            logger.warning("transfer failed error=%s", error)
+        except Exception:
+            logger.exception("transfer failed")
+        return None
 
     def _finish(self, batch: _Batch) -> None:
         with batch.lock:
             batch.jobs_left -= 1
             if batch.jobs_left:
                 return
-        transfer = batch.transfer
+        transfer, outcomes = batch.transfer, batch.outcomes
         link = (transfer.source, transfer.target)
+        arrived = outcomes.count(Outcome.ARRIVED)
+        moved = batch.size_bytes // max(1, len(outcomes)) * arrived
         with self._progress:
-            if all(batch.ok):
+            if arrived == len(outcomes):
                 elapsed = time.monotonic_ns() - batch.started_ns
                 self.links.setdefault(link, LinkEstimate()).observe(batch.size_bytes, elapsed)
-            moved = batch.size_bytes // max(1, len(batch.ok)) * sum(batch.ok)
             self.stats.add("tierkv_bytes_total", moved, transfer.source.label, "read")
             self.stats.add("tierkv_bytes_total", moved, transfer.target.label, "write")
             del self._batches[transfer.id]
-            cancelled = batch.cancelled and not any(batch.ok)
             self.ended += 1
-            self._done.append(Result(transfer.id, batch.ok, cancelled))
+            self._done.append(Result(transfer.id, outcomes))
             self._progress.notify_all()
 
-    def _carry(self, transfer: Transfer, piece: Sequence[int]) -> list[bool]:
+    def _carry(self, transfer: Transfer, piece: Sequence[int]) -> Callable[[], list[bool]]:
+        """Move the bytes of one piece; the call that comes back tells which may be believed."""
         moves = [transfer.moves[position] for position in piece]
         host = self._host
         if transfer.source is TierId.COLD:
             assert self._cold is not None
             outs = [host.pages[move.target] for move in moves]
-            return self._cold.read_pages([move.source for move in moves], outs)
+            return self._cold.fetch_pages([move.source for move in moves], outs)
         if transfer.target is TierId.COLD:
             assert self._cold is not None
             for move in moves:
@@ -225,10 +269,11 @@ class TransferEngine:
             self._cold.write_pages([move.target for move in moves], payloads, labels)
             if self._sync_each_write:
                 self._cold.sync()
-            return [True] * len(moves)
-        return self._copy_blocks(transfer, [(move.source, move.target) for move in moves])
+        else:
+            self._copy_blocks(transfer, [(move.source, move.target) for move in moves])
+        return lambda: [True] * len(moves)
 
-    def _copy_blocks(self, transfer: Transfer, places: list[tuple[int, int]]) -> list[bool]:
+    def _copy_blocks(self, transfer: Transfer, places: list[tuple[int, int]]) -> None:
         """Between device frames and host places, through one staging buffer."""
         assert self._device is not None
         import numpy as np
@@ -246,4 +291,3 @@ class TransferEngine:
             frames = [Span(i, target, 0, 1) for i, (_, target) in enumerate(places)]
             self._host.read(rooms, stage)
             self._device.write(frames, stage)
-        return [True] * len(places)

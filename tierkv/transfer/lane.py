@@ -65,19 +65,22 @@ class Lane:
             thread.join()
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
+        job = self._next(0)
+        while job is not None:
             job.run()
-            with self._wake:
-                self._inflight_bytes -= job.size_bytes
-                self._wake.notify_all()
+            job = self._next(job.size_bytes)
 
-    def _next(self) -> Job | None:
+    def _next(self, done_bytes: int) -> Job | None:
+        """Give back a finished job's bytes and take the next job; None when closed and empty."""
         with self._wake:
+            self._inflight_bytes -= done_bytes
             while True:
                 for urgency, queue in self._queues.items():
                     if queue and self._fits(queue[0], urgency):
                         job = queue.popleft()
                         self._inflight_bytes += job.size_bytes
+                        if done_bytes and queue:
+                            self._wake.notify()  # what we gave back may be room for two
                         return job
                 if self._closed and not any(self._queues.values()):
                     return None
