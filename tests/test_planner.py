@@ -7,9 +7,9 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tierkv.core.keys import KeyChain
+from tierkv.core.keys import BlockKey, KeyChain
 from tierkv.core.tier import TierId
-from tierkv.core.transfer import Outcome
+from tierkv.core.transfer import Outcome, Urgency
 from tierkv.plan import events as ev
 from tierkv.plan.event_log import entry_line, head_line, replay
 from tierkv.plan.planner import Planner
@@ -239,7 +239,7 @@ def test_a_demand_joins_a_prefetch_and_raises_it() -> None:
     (number,) = world.flights
     out = world.handle(ev.Acquire(list(keys), 0, 2, "default"))
 
-    assert ev.Raise(number, ev.Urgency.DEMAND) in out
+    assert ev.Raise(number, Urgency.DEMAND) in out
     assert world.planner.stats.get("tierkv_prefetch_bytes_total", "late") == 16
 
 

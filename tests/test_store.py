@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,8 @@ def config_of(
 
 
 def layout_of(config: Config, **changes: object) -> Layout:
-    return Layout(GEOMETRY, targets=config.pages.targets, **{"model": "m", **changes})  # type: ignore[arg-type]
+    named: dict[str, Any] = {"model": "m", **changes}
+    return Layout(GEOMETRY, targets=config.pages.targets, **named)
 
 
 def tokens_of(blocks: int, seed: int = 0) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -158,7 +159,7 @@ class Lease:
         self.blocks = last.index + last.count if last else 0
         self.tokens = self.blocks * reader.memory.plan.block_tokens
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

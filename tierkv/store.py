@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import Self
 
 from tierkv.assembly import FilesFor, Parts, assemble
 from tierkv.config import Config
@@ -71,7 +72,7 @@ class Store:
             )
         return cls(config, layout, assemble(config, layout, files_for=files_for))
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -160,8 +161,8 @@ class Store:
             stop = min(offered, done + self._put_step)
             with runtime.lock:
                 runtime.pump()
-                event = ev.Put(chain[: first_block + stop], first_block + done, namespace)  # type: ignore[arg-type]
-                out = runtime.handle(event)
+                keys_now: list[bytes] = [*chain[: first_block + stop]]
+                out = runtime.handle(ev.Put(keys_now, first_block + done, namespace))
             fill_all(runtime, self._memory, out, rows[:, done:stop])
             short = next((item for item in out if isinstance(item, ev.Short)), None)
             if short is None:

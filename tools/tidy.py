@@ -15,7 +15,7 @@ from pathlib import Path
 LINE_CHARS_MAX = 100
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 450
-TEST_LINES_MAX = 600  # tests carry tables of cases
+TEST_LINES_MAX = 650  # tests carry tables of cases
 
 #: Files that may be longer, each with its reason.
 LONG_FILES: dict[str, str] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 
 class TierId(IntEnum):
@@ -16,7 +16,8 @@ class TierId(IntEnum):
 
     label: str  # the name used in configuration, counters and reports
 
-    def __new__(cls, number: int) -> TierId:
+    def __new__(cls, number: int) -> Self:
+        """The member of that number, with its label."""
         member = int.__new__(cls, number)
         member._value_ = number
         member.label = ("device", "host", "cold")[number]
@@ -52,7 +53,7 @@ class RecoveredPage:
 class Span(NamedTuple):
     """`count` consecutive places of one page; they hold blocks `index ..` of the request."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody wants here
     page: int
     offset: int
-    count: int
+    count: int  # type: ignore[assignment]  # shadows tuple.count

@@ -42,9 +42,17 @@ def _compile() -> StreamCopy:
 
     store, fence = _intrinsics()
 
-    def copy(  # type: ignore[no-untyped-def]
-        target, source, planes, rows, row_bytes, target_plane, target_row, source_plane, source_row
-    ):
+    def copy(
+        target: int,
+        source: int,
+        planes: int,
+        rows: int,
+        row_bytes: int,
+        target_plane: int,
+        target_row: int,
+        source_plane: int,
+        source_row: int,
+    ) -> None:
         for plane in range(planes):
             for row in range(rows):
                 to = target + plane * target_plane + row * target_row
@@ -63,9 +71,8 @@ def _intrinsics() -> tuple[Any, Any]:
     from numba import types
     from numba.extending import intrinsic
 
-    @intrinsic
-    def store(typing, target, source):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def store_line(typing: object, target: object, source: object) -> tuple[Any, Any]:
+        def generate(context: Any, builder: Any, _: object, arguments: Any) -> object:
             line = ir.VectorType(ir.IntType(64), 8)
             to, at = (builder.inttoptr(item, line.as_pointer()) for item in arguments)
             one = ir.Constant(ir.IntType(32), 1)
@@ -75,12 +82,11 @@ def _intrinsics() -> tuple[Any, Any]:
 
         return types.void(types.int64, types.int64), generate
 
-    @intrinsic
-    def fence(typing):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def order(typing: object) -> tuple[Any, Any]:
+        def generate(context: Any, builder: Any, _: object, arguments: Any) -> object:
             builder.fence("seq_cst")
             return context.get_dummy_value()
 
         return types.void(), generate
 
-    return store, fence
+    return intrinsic(store_line), intrinsic(order)

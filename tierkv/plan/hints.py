@@ -14,6 +14,7 @@ from typing import Final, Generic, TypeVar
 from tierkv.core.keys import BlockKey
 from tierkv.core.stats import Stats
 from tierkv.core.tier import TierId
+from tierkv.core.transfer import Urgency
 from tierkv.plan import events as ev
 from tierkv.plan.movement import Movement, Out
 from tierkv.plan.radix import RadixIndex
@@ -74,22 +75,20 @@ class Hints:
                 for b in blocks
                 if cold.ready[b] >= 0 and host.place[b] == NO_PLACE
             )
-            number, _ = self._movement.promote(pages, ev.Urgency.PREFETCH, now_ns, out)
+            number, _ = self._movement.promote(pages, Urgency.PREFETCH, now_ns, out)
             if number is not None:
                 flight = self._movement.flights[number]
                 for move, arriving in zip(flight.transfer.moves, flight.arriving, strict=True):
                     self._movement.prefetched[move.target] = len(arriving)
         if TierId.DEVICE in self._tables:
-            urgency = ev.Urgency.PREFETCH
+            urgency = Urgency.PREFETCH
             self._movement.copy(blocks, TierId.HOST, TierId.DEVICE, urgency, now_ns, out)
 
     def _demote(self, blocks: Sequence[int], now_ns: int, out: Out) -> None:
         """The prefix pauses: make it the first to go, after a cold copy of it exists."""
         host, size = self._host, self._host.page_blocks
         pages = {host.ready[b] // size for b in blocks if host.ready[b] >= 0}
-        self._movement.write_back(
-            sorted(pages & self._movement.dirty), ev.Urgency.DEMOTE, now_ns, out
-        )
+        self._movement.write_back(sorted(pages & self._movement.dirty), Urgency.DEMOTE, now_ns, out)
         for tier in (TierId.DEVICE, TierId.HOST):
             table = self._tables.get(tier)
             if table is None:

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tierkv.core.keys import BlockKey
 from tierkv.core.stats import Stats
 from tierkv.core.tier import Span, TierId
+from tierkv.core.transfer import Urgency
 from tierkv.plan import events as ev
 from tierkv.plan.hints import Hints
 from tierkv.plan.movement import Movement, Out
@@ -57,6 +58,16 @@ class LeaseRecord:
     pins: list[tuple[TierId, int]]
     namespace: str
     ready: list[Located] | None = None
+
+
+@dataclass(slots=True)
+class _Wish:
+    """What it takes to grant a lease: transfers to wait for, cold pages to read, sources."""
+
+    record: LeaseRecord
+    sources: list[TierId] = field(default_factory=list)
+    cold_pages: dict[int, None] = field(default_factory=dict)
+    waits: dict[int, None] = field(default_factory=dict)
 
 
 class Planner:
@@ -221,7 +232,7 @@ class Planner:
             if TierId.COLD in self.tables:
                 movement.dirty.update(ticket.pages)
                 full = [p for p in dict.fromkeys(ticket.pages) if not table.pool.is_open(p)]
-                movement.write_back(full, ev.Urgency.DEMOTE, now_ns, out)
+                movement.write_back(full, Urgency.DEMOTE, now_ns, out)
             self.hints.filled(ticket.blocks, table.pool.owner[ticket.pages[0]], now_ns)
 
     # ---- reading
@@ -254,55 +265,65 @@ class Planner:
         self.stats.add("tierkv_hit_tokens_total", amount, tier.label)
 
     def _grant_mixed(self, blocks: list[int], namespace: str, now_ns: int, out: Out) -> None:
-        record = LeaseRecord([], [], namespace)
-        tables, host, movement = self.tables, self._host, self.movement
-        size = host.page_blocks
-        wanted: dict[int, None] = {}
-        waits: dict[int, None] = {}
-        sources: list[TierId] = []
+        """Some of the wish must be brought to memory: start that, and grant what will be there."""
+        wish = self._wish(blocks, namespace)
+        movement, waits = self.movement, wish.waits
+        if wish.cold_pages:
+            number, started = movement.promote(wish.cold_pages, Urgency.DEMAND, now_ns, out)
+            if number is not None:
+                waits[number] = None
+            if len(started) < len(wish.cold_pages):
+                movement.cancel_prefetches(out)
+        count = self._pin_arriving(wish)
+        for tier, blocks_of in Counter(wish.sources[:count]).items():
+            self._hits(tier, blocks_of)
+        for number in waits:
+            if movement.flights[number].urgency is not Urgency.DEMAND:
+                movement.flights[number].urgency = Urgency.DEMAND
+                out.append(ev.Raise(number, Urgency.DEMAND))
+        self._settle(wish.record, list(waits), count, now_ns, out)
+
+    def _wish(self, blocks: list[int], namespace: str) -> _Wish:
+        """Pin what is in memory or on its way there, and list the cold pages that are not."""
+        wish = _Wish(LeaseRecord([], [], namespace))
+        host, size = self._host, self._host.page_blocks
         for block in blocks:
             tier = self.tier_of(block)
             if tier is not None and tier in _MEMORY:
-                page = tables[tier].ready[block] // tables[tier].page_blocks
-                tables[tier].pin(page)
-                record.pins.append((tier, page))
+                page = self.tables[tier].ready[block] // self.tables[tier].page_blocks
+                self._pin(wish.record, tier, page)
             elif host.place[block] >= 0:
                 flight = self._arrival(host.place[block] // size)
                 if flight is None:
                     break  # a put is still writing it: not a hit
                 tier = TierId.COLD
-                waits[flight] = None
-                host.pin(host.place[block] // size)
-                record.pins.append((TierId.HOST, host.place[block] // size))
+                wish.waits[flight] = None
+                self._pin(wish.record, TierId.HOST, host.place[block] // size)
             elif tier is TierId.COLD:
-                wanted[tables[tier].ready[block] // size] = None
+                wish.cold_pages[self.tables[tier].ready[block] // size] = None
             else:
                 break
-            record.blocks.append(block)
-            sources.append(tier)
-        started: list[int] = []
-        if wanted:
-            number, started = movement.promote(wanted, ev.Urgency.DEMAND, now_ns, out)
-            if number is not None:
-                waits[number] = None
-        if len(started) < len(wanted):
-            movement.cancel_prefetches(out)
-        count = 0
-        for block in record.blocks:
-            if self.tier_of(block) is TierId.COLD and host.place[block] == NO_PLACE:
-                break  # no room for its page: the lease ends here
-            if sources[count] is TierId.COLD and tables[TierId.COLD].place[block] // size in wanted:
-                host.pin(host.place[block] // size)
-                record.pins.append((TierId.HOST, host.place[block] // size))
+            wish.record.blocks.append(block)
+            wish.sources.append(tier)
+        return wish
+
+    def _pin_arriving(self, wish: _Wish) -> int:
+        """Pin the host pages of promotions; gives how many blocks will be there, and cuts off."""
+        host, cold, size = self._host, self.tables.get(TierId.COLD), self._host.page_blocks
+        blocks, count = wish.record.blocks, 0
+        for block, source in zip(blocks, wish.sources, strict=True):
+            if source is TierId.COLD and cold is not None:
+                if host.place[block] == NO_PLACE:
+                    break  # no room for its page: the lease ends here
+                if cold.place[block] // size in wish.cold_pages:
+                    self._pin(wish.record, TierId.HOST, host.place[block] // size)
             count += 1
-        del record.blocks[count:]
-        for tier, blocks_of in Counter(sources[:count]).items():
-            self._hits(tier, blocks_of)
-        for number in waits:
-            if movement.flights[number].urgency is not ev.Urgency.DEMAND:
-                movement.flights[number].urgency = ev.Urgency.DEMAND
-                out.append(ev.Raise(number, ev.Urgency.DEMAND))
-        self._settle(record, list(waits), count, now_ns, out)
+        del blocks[count:]
+        return count
+
+    def _pin(self, record: LeaseRecord, tier: TierId, page: int) -> None:
+        self.tables[tier].pin(page)
+        record.pins.append((tier, page))
 
     def _arrival(self, page: int) -> int | None:
         """The transfer that brings this host page, if one does."""
@@ -358,7 +379,7 @@ class Planner:
     def _flush(self, event: ev.Flush, now_ns: int, out: Out) -> None:
         if TierId.COLD in self.tables:
             pages = sorted(self.movement.dirty)
-            self.movement.write_back(pages, ev.Urgency.DEMOTE, now_ns, out)
+            self.movement.write_back(pages, Urgency.DEMOTE, now_ns, out)
 
     def _syncing(self, event: ev.Syncing, now_ns: int, out: Out) -> None:
         self.tables[TierId.COLD].sync_begun = event.number

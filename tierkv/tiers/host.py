@@ -23,7 +23,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -206,7 +206,15 @@ def _advise(address: int, size_bytes: int, advice: int) -> bool:
     return bool(result == 0)
 
 
-def _cudart():  # type: ignore[no-untyped-def]
+class _Cudart(Protocol):
+    """The two calls of the CUDA runtime that are used here."""
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int: ...  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int: ...  # noqa: N802
+
+
+def _cudart() -> _Cudart:
     import torch
 
-    return torch.cuda.cudart()
+    runtime: _Cudart = torch.cuda.cudart()
+    return runtime

@@ -104,7 +104,6 @@ class SegmentIO:
     def fetch_run(self, run: Sequence[Wanted]) -> Callable[[], list[Fault]]:
         """Read one run now; the call that comes back verifies it, as `read_run`, on any thread."""
         shape = self._shape
-        size = shape.header_bytes
         spaces = [self._take_header() for _ in run]
         throughs = self._bounces([wanted.out for wanted in run])
         buffers: list[Buffer] = []
@@ -124,9 +123,9 @@ class SegmentIO:
 
         def verify() -> list[Fault]:
             pairs = zip(run, spaces, strict=True)
-            faults = [_fault(space.data, wanted.out.data, shape, wanted) for wanted, space in pairs]
+            found: list[Fault] = [_fault(s.data, w.out.data, shape, w) for w, s in pairs]
             self._spare_headers.extend(spaces)
-            return faults
+            return found
 
         return verify
 
