@@ -1,7 +1,7 @@
 """Speed of the store, as ratios to a raw baseline interleaved with it in the same loop.
 
     python tools/bench_store.py [--quick] [--json FILE] [--check] [--rows host,cold,...]
-                                [--directory DIR]
+                                [--directory DIR] [--peer lmcache]
 
 Every figure is ``raw / tierkv`` (1.00 is as fast as raw, more is faster): the median over batches
 of the ratio of two adjacent batches, whose order alternates. CPU is ours / raw, process time over
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from measuring import Bytes, Pairs, RawFiles, Row, aligned, best_of, copy_each, show
+from peer_lmcache import peer_rows
 
 from tierkv.config import Config
 from tierkv.core.geometry import MIB, KVGeometry, Layout
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 where a reach is missed")
     parser.add_argument("--rows", default="host,latency,lookup,packing,cold")
     parser.add_argument("--directory", type=Path, help="where the disk rows write (default: tmp)")
+    parser.add_argument("--peer", choices=["lmcache"], help="measure a peer, in its own venv")
     options = parser.parse_args()
     scale = 0.1 if options.quick else 1.0
     rows: list[Row] = []
@@ -58,6 +60,9 @@ def main() -> int:
     if "cold" in wanted:
         with scratch(options.directory) as directory:
             rows += cold_rows(Path(directory), scale)
+    if options.peer:
+        with scratch(options.directory) as directory:
+            rows += peer_rows(scale, Path(directory))
     show(rows)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) | {"holds": row.holds} for row in rows]))
