@@ -80,18 +80,23 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.values is not None
         return self.keys, self.values
 
-    def load_blocks(self, data: npt.NDArray[np.uint8], *, device: torch.device) -> None:
-        """Begin with these blocks, batch 1. `data`: uint8 (blocks, block_layer_bytes)."""
-        tokens_per_block = self._block_tokens(data.shape[1])
-        tokens = len(data) * tokens_per_block
+    def reserve_blocks(self, blocks: int, block_layer_bytes: int, *, device: torch.device) -> None:
+        """Begin empty, batch 1, with room for `blocks` blocks that `load_blocks` will bring."""
+        tokens = blocks * self._block_tokens(block_layer_bytes)
         self._capacity = max(self._capacity, align_up(tokens, _CAPACITY_STEP_TOKENS))
         self._allocate(1, device)
-        blocks = self._as_blocks(data).to(device)
+        self._set_length(0)
+
+    def load_blocks(self, data: npt.NDArray[np.uint8]) -> None:
+        """Append blocks to what was reserved. `data`: uint8 (blocks, block_layer_bytes)."""
+        tokens_per_block = self._block_tokens(data.shape[1])
+        start, tokens = self.length, len(data) * tokens_per_block
+        shape = (self.geometry.heads, len(data), tokens_per_block, self.geometry.head_dim)
+        blocks = self._as_blocks(data)
         for plane, buffer in enumerate(self._owned()):
-            shape = (self.geometry.heads, len(data), tokens_per_block, self.geometry.head_dim)
-            target = buffer[0, :, :tokens].view(shape)
+            target = buffer[0, :, start : start + tokens].view(shape)
             target.copy_(blocks[:, plane].permute(2, 0, 1, 3))
-        self._set_length(tokens)
+        self._set_length(start + tokens)
 
     def save_blocks(self, first_block: int, out: npt.NDArray[np.uint8]) -> None:
         """Write blocks from `first_block` on into `out`: uint8 (blocks, block_layer_bytes).

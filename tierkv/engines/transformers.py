@@ -58,7 +58,7 @@ Inputs: TypeAlias = Mapping[str, torch.Tensor] | torch.Tensor
 _GENERATED_TOKENS = 256
 
 #: Bytes that are gathered at a time on their way into the store.
-_PUT_PIECE_BYTES: Final = 64 * MIB
+_PIECE_BYTES: Final = 64 * MIB
 
 _TIER_NAMES: Final = {"device": "device", "host": "host", "cold": "nvme"}
 
@@ -220,12 +220,26 @@ class TieredCache(Cache):  # type: ignore[misc]
         if not match.blocks:
             return
         pages = self.store.layout.pages
-        staging = np.empty((pages.layers, match.blocks, pages.block_layer_bytes), np.uint8)
-        blocks = self.store.get(match, staging)
+        # In pieces: fresh memory costs more to touch than its bytes cost to copy.
+        step = self._piece_blocks()
+        staging = np.empty(
+            (pages.layers, min(step, match.blocks), pages.block_layer_bytes), np.uint8
+        )
+        blocks = 0
+        while blocks < match.blocks:
+            count = min(step, match.blocks - blocks)
+            delivered = self.store.get(match, staging[:, :count], first_block=blocks)
+            if delivered and not blocks:
+                for layer in self.layers:
+                    layer.reserve_blocks(match.blocks, pages.block_layer_bytes, device=device)
+            for layer, data in zip(self.layers, staging, strict=True):
+                if delivered:
+                    layer.load_blocks(data[:delivered])
+            blocks += delivered
+            if delivered < count:
+                break
         if not blocks:
             return
-        for layer, data in zip(self.layers, staging, strict=True):
-            layer.load_blocks(data[:blocks], device=device)
         report = self.report
         report.load_s = (time.perf_counter_ns() - started_ns) / 1e9
         report.reused_tokens = self._loaded_tokens = pages.tokens_in(blocks)
@@ -238,9 +252,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         started_ns = time.perf_counter_ns()
         pages = self.store.layout.pages
         end = pages.blocks_in(len(tokens))
-        step = max(1, _PUT_PIECE_BYTES // pages.block_bytes)
-        # Whole warm pages at a time, so that a run is packed as it would be in one piece.
-        step = max(step - step % pages.warm_page_blocks, pages.warm_page_blocks)
+        step = self._piece_blocks()
         staging = np.empty((pages.layers, step, pages.block_layer_bytes), np.uint8)
         keys = self.store.keys(tokens, namespace=self.namespace)
         while self._stored_blocks < end:
@@ -256,6 +268,12 @@ class TieredCache(Cache):  # type: ignore[misc]
             if stored < count:  # the store is full or failing; it has counted why
                 break
         self.report.store_s += (time.perf_counter_ns() - started_ns) / 1e9
+
+    def _piece_blocks(self) -> int:
+        """Blocks to move at a time: whole warm pages, so that a run is packed as in one piece."""
+        pages = self.store.layout.pages
+        step = max(1, _PIECE_BYTES // pages.block_bytes)
+        return max(step - step % pages.warm_page_blocks, pages.warm_page_blocks)
 
     # ---- what goes into the model
 

@@ -47,7 +47,8 @@ class DeviceTier:
         shape = (max(1, self.frames) * self.plan.hot_pages_per_block, self.plan.hot_page_bytes)
         try:
             self.device = torch.device(wanted)
-            self.pool = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            # Written, not only mapped: no first put may pay for page faults (as in the host tier).
+            self.pool = torch.empty(shape, dtype=torch.uint8, device=self.device).zero_()
         except (RuntimeError, AssertionError) as error:
             raise TierFailed(
                 f"device tier: cannot take {shape[0] * shape[1]} bytes of {wanted} ({error}); "
@@ -63,7 +64,10 @@ class DeviceTier:
         frames, indices = _split(spans)
         if isinstance(data, np.ndarray):
             data = torch.from_numpy(data)
-        chosen = data[:, indices].permute(1, 0, 2).to(self.device)
+        low, high = indices[0], indices[-1] + 1
+        is_run = high - low == len(indices)
+        chosen = (data[:, low:high] if is_run else data[:, indices]).permute(1, 0, 2)
+        chosen = chosen.to(self.device)
         rows = chosen.reshape(-1, self.plan.hot_page_bytes)
         scatter_pages(self.pool, self._numbers(frames), rows)
 
