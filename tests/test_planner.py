@@ -243,6 +243,33 @@ def test_a_demand_joins_a_prefetch_and_raises_it() -> None:
     assert world.planner.stats.get("tierkv_prefetch_bytes_total", "late") == 16
 
 
+def test_a_prompt_gets_room_that_its_own_later_blocks_hold() -> None:
+    world = World(spec_of(host=1, cold=6))
+    world.put([1])
+    world.put([8])
+    world.land_all()
+    world.put([1, 2], first=1)
+    world.put([9])
+    world.land_all()
+
+    assert world.tier_of(CHAINS["default"].of_tokens([1])) is TierId.COLD
+    assert world.get([1, 2]) == 1
+    world.planner.check()
+
+
+def test_a_block_on_its_way_from_device_to_host_is_waited_for() -> None:
+    world = World(spec_of(host=2, cold=0, device=5))
+    for token in range(1, 7):
+        world.put([token])
+    (transfer,) = world.flights.values()
+    assert transfer.source is TierId.DEVICE
+    grants = [world.acquire([token]) for token in range(1, 7)]
+
+    assert transfer.id in [number for grant in grants for number in grant.waits]
+    world.land_all()
+    assert all(len(world.read(grant)) == grant.count for grant in grants)
+
+
 def test_a_partly_filled_page_is_rewritten_whole_and_its_old_copy_freed() -> None:
     world = World(spec_of(host=2, cold=4, page_blocks=4))
     world.put([1, 2])

@@ -275,6 +275,12 @@ class Planner:
             if len(started) < len(wish.cold_pages):
                 movement.cancel_prefetches(out)
         count = self._pin_arriving(wish)
+        if not count and len(wish.sources) > 1:
+            # What lies behind the first block may hold the memory that it needs: ask for less.
+            for tier, page in wish.record.pins:
+                movement.unpin(tier, page)
+            self._grant_mixed(blocks[: len(wish.sources) // 2], namespace, now_ns, out)
+            return
         for tier, blocks_of in Counter(wish.sources[:count]).items():
             self._hits(tier, blocks_of)
         for number in waits:
@@ -327,11 +333,13 @@ class Planner:
 
     def _arrival(self, page: int) -> int | None:
         """The transfer that brings this host page, if one does."""
+        size = self._host.page_blocks
         for number, flight in self.movement.flights.items():
-            if flight.transfer.target is TierId.HOST and any(
-                move.target == page for move in flight.transfer.moves
-            ):
-                return number
+            transfer = flight.transfer
+            if transfer.target is TierId.HOST:
+                places = 1 if transfer.source is TierId.COLD else size  # pages or single blocks
+                if any(move.target // places == page for move in transfer.moves):
+                    return number
         return None
 
     def _settle(

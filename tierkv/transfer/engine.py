@@ -247,9 +247,11 @@ class TransferEngine:
                 self.links.setdefault(link, LinkEstimate()).observe(batch.size_bytes, elapsed)
             self.stats.add("tierkv_bytes_total", moved, transfer.source.label, "read")
             self.stats.add("tierkv_bytes_total", moved, transfer.target.label, "write")
-            del self._batches[transfer.id]
-            self.ended += 1
+            # In this order, for readers without the lock: who sees the count can poll the result,
+            # who sees that nothing is busy sees the count.
             self._done.append(Result(transfer.id, outcomes))
+            self.ended += 1
+            del self._batches[transfer.id]
             self._progress.notify_all()
 
     def _carry(self, transfer: Transfer, piece: Sequence[int]) -> Callable[[], list[bool]]:
