@@ -598,6 +598,24 @@ def test_dropped_caches_leave_no_hook_on_the_model(
 # ---- the report
 
 
+def test_a_short_prefix_of_a_long_prompt_is_computed_sooner_than_loaded(
+    model: transformers.PreTrainedModel, store: Store
+) -> None:
+    long = prompt(300)
+    answer(model, long[:, : 2 * BLOCK], store)
+    plain = generate(model, long)
+    out, cache = answer(model, long, store)
+
+    assert torch.equal(out, plain)
+    assert (cache.report.reused_tokens, cache.report.declined_tokens) == (0, 2 * BLOCK)
+    assert store.match(long[0].numpy()).tokens == 300 // BLOCK * BLOCK, (
+        "the rest is put all the same"
+    )
+    assert "(32 stored ones are computed sooner than used)" in str(cache.report)
+    forced = TieredCache.open(model, long, store=store, always_load=True)
+    assert forced.report.reused_tokens == 299 // BLOCK * BLOCK
+
+
 def test_report_is_one_line_for_people() -> None:
     report = Reuse(6021, reused_tokens=5984, reused_bytes=275_742_720, load_s=0.31)
     report.tokens_by_tier = {"device": 0, "host": 0, "cold": 5984}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import time
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 #: Told the part of the prefill that is done, 0 to 1.
 Tick = Callable[[float], None]
+
+#: More than one answer to a long prompt takes beside the model: K, V and the model's own scratch.
+_WARM_BYTES = 1 << 30
+#: mallopt(3): never give memory back, never map a large allocation by itself.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,9 @@ class Session:
         self._recomputed: dict[tuple[int, ...], Recomputed] = {}
 
     def warm_up(self) -> None:
-        """Let torch start its threads and choose its kernels before anything is timed."""
+        """Let torch start its threads, choose its kernels and get its memory before timing."""
+        _keep_freed_memory()
+        torch.ones(_WARM_BYTES // 4)
         ids = torch.arange(100, 164)[None]
         self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
 
@@ -215,6 +223,19 @@ class Session:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc reuse what torch frees, for recomputing and for loading alike.
+
+    By default each large tensor is fresh memory from the kernel: a layer of a long prompt then
+    costs more page faults than work, and in a virtual machine that touches memory for the first
+    time several times that. Inference on CPUs is usually run with an allocator that keeps memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def quiet() -> None:

@@ -7,8 +7,8 @@
     cache.commit(out)  # optional: the next chat turn skips the answer too
 
 `open` loads the longest stored prefix of the prompt, always leaving at least one token to
-compute; `generate` computes the rest; when the last layer has the whole prompt, its new whole
-blocks are put. Invariants:
+compute, and none where loading would make the first token later; `generate` computes the rest;
+when the last layer has the whole prompt, its new whole blocks are put. Invariants:
 
 - K and V of a reused prefix are bit for bit those that were put.
 - Blocks are put only for token ids that were reused or that this cache **saw** going into the
@@ -28,7 +28,6 @@ import os
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -42,6 +41,8 @@ from tierkv.core.errors import GeometryMismatch
 from tierkv.core.geometry import MIB, Layout
 from tierkv.engines.checkpoint import layout_of
 from tierkv.engines.kv_buffer import TieredLayer
+from tierkv.engines.prefill_cost import PrefillCost
+from tierkv.engines.reuse import Reuse, delivered_by_tier
 from tierkv.store import Match, Store
 
 if TYPE_CHECKING:
@@ -60,36 +61,9 @@ _GENERATED_TOKENS = 256
 #: Bytes that are gathered at a time on their way into the store.
 _PIECE_BYTES: Final = 64 * MIB
 
-_TIER_NAMES: Final = {"device": "device", "host": "host", "cold": "nvme"}
-
 #: Stores that `TieredCache.open(directory=...)` opened, by model; they close with the model.
 _stores: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[object, ...], Store]]
 _stores = weakref.WeakKeyDictionary()
-
-
-@dataclass(slots=True)
-class Reuse:
-    """What one cache took from the store and gave to it; `str()` is one line for people."""
-
-    prompt_tokens: int
-    reused_tokens: int = 0
-    reused_bytes: int = 0
-    load_s: float = 0.0
-    stored_tokens: int = 0
-    stored_bytes: int = 0
-    store_s: float = 0.0
-    #: Reused tokens by tier: "device", "host", "cold".
-    tokens_by_tier: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        line = f"reused {self.reused_tokens:,} of {self.prompt_tokens:,} tokens"
-        if self.reused_tokens:
-            tiers = (f"{_TIER_NAMES.get(t, t)} {n:,}" for t, n in self.tokens_by_tier.items() if n)
-            line += f" ({', '.join(tiers)}): {_megabytes(self.reused_bytes)} in {self.load_s:.2f} s"
-        if self.stored_tokens:
-            line += f"; stored {self.stored_tokens:,}: {_megabytes(self.stored_bytes)}"
-            line += f" in {self.store_s:.2f} s"
-        return line
 
 
 class TieredCache(Cache):  # type: ignore[misc]
@@ -128,11 +102,14 @@ class TieredCache(Cache):  # type: ignore[misc]
         host: int | str = "4GiB",
         cold: int | str = "16GiB",
         namespace: str = "default",
+        always_load: bool = False,
     ) -> TieredCache:
         """A cache for this prompt, holding what the store has of it.
 
         Give a `store` opened with `layout_of(model)`, or a `directory`: then a store of that
         host and cold capacity is opened there, shared by later calls, and closed with the model.
+        A prefix too short to make the first token sooner (see `PrefillCost`) is left alone unless
+        `always_load`, which also suits prefill in chunks.
         Raises ValueError for inputs that are not one unpadded prompt of plain token ids, and
         GeometryMismatch for a model that is not supported or not the one the store is for.
         """
@@ -154,7 +131,12 @@ class TieredCache(Cache):  # type: ignore[misc]
             for _ in range(layout.geometry.layers)
         ]
         cache = cls(store, tokens, layers=layers, namespace=namespace)
-        cache._load(model.device)
+        match = store.match(tokens[:-1], namespace=namespace)
+        cost = PrefillCost.of(model, layout.geometry)
+        if always_load or cost.spares(len(tokens), match.tokens):
+            cache._load(match, model.device)
+        else:
+            cache.report.declined_tokens = match.tokens
         cache._watch(model)
         return cache
 
@@ -213,10 +195,9 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._loaded_tokens = 0
         self._is_prefilling = True
 
-    def _load(self, device: torch.device) -> None:
-        """Fill the layers with the longest stored prefix that leaves a token to compute."""
+    def _load(self, match: Match, device: torch.device) -> None:
+        """Fill the layers with a stored prefix."""
         started_ns = time.perf_counter_ns()
-        match = self.store.match(self._tokens[:-1], namespace=self.namespace)
         if not match.blocks:
             return
         pages = self.store.layout.pages
@@ -244,7 +225,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         report.load_s = (time.perf_counter_ns() - started_ns) / 1e9
         report.reused_tokens = self._loaded_tokens = pages.tokens_in(blocks)
         report.reused_bytes = blocks * pages.block_bytes
-        report.tokens_by_tier = _delivered(match, report.reused_tokens)
+        report.tokens_by_tier = delivered_by_tier(match, report.reused_tokens)
         self._stored_blocks = blocks
 
     def _put(self, tokens: npt.NDArray[np.uint32]) -> None:
@@ -424,18 +405,3 @@ def _require_same(stored: Layout, model: Layout) -> None:
     raise GeometryMismatch(
         f"the store was opened for another layout than this model's: {differing}"
     )
-
-
-def _delivered(match: Match, tokens: int) -> dict[str, int]:
-    """Tokens by tier of the part of a match that arrived; the slowest tier is what fails."""
-    by_tier = dict(match.tokens_by_tier)
-    missing = match.tokens - tokens
-    for tier in ("cold", "host", "device"):
-        lost = min(missing, by_tier.get(tier, 0))
-        by_tier[tier] = by_tier.get(tier, 0) - lost
-        missing -= lost
-    return by_tier
-
-
-def _megabytes(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:,.1f} MB"
