@@ -283,8 +283,8 @@ class ColdConfig(_Section):
     segment_cold_pages: int = Field(
         default=16, ge=1, le=4096, description="Cold pages in one segment file."
     )
-    threads: int = Field(default=8, ge=1, le=256, description="Threads that read and write.")
-    piece: Size = Field(default=8 * MIB, description="Most bytes that one thread moves at a time.")
+    threads: int = Field(default=8, ge=1, le=256, description="Threads that read; as many write.")
+    piece: Size = Field(default=8 * MIB, description="Most bytes of one request.")
     sync: Literal["flush", "always"] = Field(
         default="flush", description="When writes are made durable: at flush, or after each."
     )

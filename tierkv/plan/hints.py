@@ -79,7 +79,7 @@ class Hints:
             if number is not None:
                 flight = self._movement.flights[number]
                 for move, arriving in zip(flight.transfer.moves, flight.arriving, strict=True):
-                    self._movement.prefetched[move.target] = len(arriving)
+                    self._movement.prefetches.began(move.target, len(arriving))
         if TierId.DEVICE in self._tables:
             urgency = Urgency.PREFETCH
             self._movement.copy(blocks, TierId.HOST, TierId.DEVICE, urgency, now_ns, out)

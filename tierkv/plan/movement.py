@@ -14,8 +14,9 @@ they are full, on `Flush`, and when they must go. Single owner (the planner).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Final
 
 from tierkv.core.stats import Stats
@@ -24,6 +25,7 @@ from tierkv.core.transfer import Move, Outcome, Transfer, Urgency
 from tierkv.plan.events import AnyInstruction, Cancel
 from tierkv.plan.policies import POLICIES
 from tierkv.plan.policies.base import EvictionPolicy
+from tierkv.plan.prefetches import Prefetches
 from tierkv.plan.radix import ROOT, RadixIndex
 from tierkv.plan.residency import NO_PLACE, TierTable
 from tierkv.plan.spec import PlanSpec
@@ -62,7 +64,7 @@ class Movement:
         self.held: set[int] = set()
         self.deadlines: dict[int, int] = {}  # block -> when it is to be dropped
         self.loose: list[int] = []  # blocks that may be resident nowhere: see `prune`
-        self.prefetched: dict[int, int] = {}  # host page -> blocks brought by a prefetch
+        self.prefetches = Prefetches(stats, spec.block_bytes)
         self._roots = {n.name: n.root for n in spec.namespaces}
         self._quotas = {n.name: n.quota_pages for n in spec.namespaces if n.quota_pages}
         self._next_transfer = 0
@@ -80,14 +82,24 @@ class Movement:
             spans += self._take(table, tier, count, namespace, taken)
         return spans
 
-    def whole_page(self, tier: TierId, namespace: str, now_ns: int, out: Out) -> int | None:
-        """Take one whole page, evicting one where needed; None if there is no way now."""
-        pool = self.tables[tier].pool
-        if not pool.free_pages or self._quota_left(tier, namespace) < 1:
-            self._evict(tier, 1, namespace, now_ns, out)
-        if self._quota_left(tier, namespace) < 1:
-            return None
-        return pool.take_page(namespace)
+    def whole_pages(
+        self, tier: TierId, count: int, namespace: str, now_ns: int, out: Out
+    ) -> list[int]:
+        """Take and pin up to `count` whole pages, evicting where needed."""
+        table = self.tables[tier]
+        pool, pins = table.pool, table.pins
+        taken: list[int] = []
+        while len(taken) < count:
+            left = count - len(taken)
+            if pool.free_pages < left or self._quota_left(tier, namespace) < 1:
+                self._evict(tier, left, namespace, now_ns, out)
+            pages = pool.take_pages(min(left, self._quota_left(tier, namespace)), namespace)
+            if not pages:
+                break
+            for page in pages:
+                pins[page] += 1
+            taken += pages
+        return taken
 
     def _take(
         self, table: TierTable, tier: TierId, count: int, namespace: str, index: int
@@ -127,7 +139,7 @@ class Movement:
         if victims:
             self.stats.add("tierkv_evicted_pages_total", len(victims), tier.label)
             blocks = table.clear(victims)
-            if self.dirty or self.prefetched:
+            if self.dirty or self.prefetches:
                 for page in victims:
                     self._freed(tier, page)
             self._lost(tier, blocks)
@@ -135,8 +147,8 @@ class Movement:
     def _save(self, tier: TierId, page: int, now_ns: int, out: Out) -> bool:
         """Copy a page down before it goes, if it holds the only copy of something."""
         blocks = self.tables[tier].blocks_in(page)
-        below = [t for t in self.tables if t > tier]
-        if not below or all(any(self.tables[t].ready[b] >= 0 for t in below) for b in blocks):
+        below = [table.ready for t, table in self.tables.items() if t > tier]
+        if not below or all(max([ready[b] for ready in below]) >= 0 for b in blocks):
             return False
         if tier is TierId.HOST:
             return self.write_back([page], Urgency.DEMOTE, now_ns, out, drop=True)
@@ -160,8 +172,7 @@ class Movement:
     def _freed(self, tier: TierId, page: int) -> None:
         if tier is TierId.HOST:
             self.dirty.discard(page)
-            if self.prefetched:
-                self._count_prefetch(page, "wasted")
+            self.prefetches.gone(page)
 
     def _lost(self, tier: TierId, blocks: Sequence[int]) -> None:
         """Blocks left a tier: host copies of cold blocks are dirty again."""
@@ -211,12 +222,11 @@ class Movement:
             namespace = host.pool.owner[page]
             host.pool.seal(page)
             host.pin(page)
-            target = self.whole_page(TierId.COLD, namespace, now_ns, out)
+            target = next(iter(self.whole_pages(TierId.COLD, 1, namespace, now_ns, out)), None)
             if target is None:
                 host.pool.unseal(page)
                 self.unpin(TierId.HOST, page)
                 break
-            cold.pin(target)
             fresh = [b for b in blocks if cold.place[b] == NO_PLACE]
             known = [b for b in blocks if cold.ready[b] >= 0]
             size = host.page_blocks
@@ -240,34 +250,45 @@ class Movement:
     ) -> tuple[int | None, list[int]]:
         """Start reading cold pages into host pages; gives the transfer and the pages started."""
         host, cold = self.tables[TierId.HOST], self.tables[TierId.COLD]
-        moves: list[Move] = []
-        arriving: list[list[int]] = []
-        wanted = list(pages)
+        wanted, size = list(pages), cold.page_blocks
         for page in wanted:
             cold.pin(page)  # all of them, before making room below may evict one
-        for page in wanted:
-            namespace = cold.pool.owner[page]
-            target = self.whole_page(TierId.HOST, namespace, now_ns, out)
-            if target is None:
-                break
-            host.pin(target)
+        moves: list[Move] = []
+        arriving: list[list[int]] = []
+        filled: list[int] = []
+        spans: list[Span] = []
+        for page, target in self._targets(wanted, now_ns, out):
             host.pool.seal(target)
-            size = cold.page_blocks
             blocks = [
                 b for b in cold.blocks_in(page) if cold.ready[b] >= 0 and host.place[b] == NO_PLACE
             ]
-            offsets = [cold.place[b] % size for b in blocks]
-            host.fill(blocks, _single_spans(target, offsets))
-            taken = set(offsets)
-            host.pool.give(target, [o for o in range(size) if o not in taken])
+            if len(blocks) == size:
+                spans.append(Span(len(filled), target, 0, size))
+            else:
+                offsets = [cold.place[b] % size for b in blocks]
+                spans += _single_spans(target, offsets, len(filled))
+                taken = set(offsets)
+                host.pool.give(target, [o for o in range(size) if o not in taken])
+            filled += blocks
             moves.append(Move(page, target))
             arriving.append(blocks)
+        host.fill(filled, spans)
         for page in wanted[len(moves) :]:
             self.unpin(TierId.COLD, page)
         if not moves:
             return None, []
         started = self._start(TierId.COLD, TierId.HOST, moves, urgency, out, arriving)
         return started, wanted[: len(moves)]
+
+    def _targets(self, pages: list[int], now_ns: int, out: Out) -> Iterator[tuple[int, int]]:
+        """Pairs cold pages with host pages taken for them, until there is no more room."""
+        owner = self.tables[TierId.COLD].pool.owner
+        for namespace, run in groupby(pages, owner.__getitem__):
+            group = list(run)
+            taken = self.whole_pages(TierId.HOST, len(group), namespace, now_ns, out)
+            yield from zip(group, taken, strict=False)
+            if len(taken) < len(group):
+                return
 
     def copy(
         self,
@@ -393,16 +414,6 @@ class Movement:
         """Transfers to the cold tier that have not ended."""
         return [n for n, f in self.flights.items() if f.transfer.target is TierId.COLD]
 
-    def use_prefetch(self, page: int, *, late: bool) -> None:
-        """A host page that a prefetch brought is wanted now."""
-        self._count_prefetch(page, "late" if late else "timely")
-
-    def _count_prefetch(self, page: int, outcome: str) -> None:
-        blocks = self.prefetched.pop(page, 0)
-        if blocks:
-            amount = blocks * self.spec.block_bytes
-            self.stats.add("tierkv_prefetch_bytes_total", amount, outcome)
-
     def _label(self, namespace: str, offsets: Mapping[int, int]) -> PageLabel:
         index, root = self.index, self._roots[namespace]
         labels = []
@@ -431,5 +442,5 @@ class Movement:
         return number
 
 
-def _single_spans(page: int, offsets: Sequence[int]) -> list[Span]:
-    return [Span(index, page, offset, 1) for index, offset in enumerate(offsets)]
+def _single_spans(page: int, offsets: Sequence[int], first: int = 0) -> list[Span]:
+    return [Span(index, page, offset, 1) for index, offset in enumerate(offsets, first)]

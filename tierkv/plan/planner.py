@@ -348,11 +348,11 @@ class Planner:
         lease = self._number()
         self.leases[lease] = record
         self._touch_blocks(record.blocks, now_ns)
-        prefetched = self.movement.prefetched
-        if prefetched:
+        prefetches = self.movement.prefetches
+        if prefetches:
             for tier, page in record.pins:
-                if tier is TierId.HOST and page in prefetched:
-                    self.movement.use_prefetch(page, late=bool(waits))
+                if tier is TierId.HOST:
+                    prefetches.used(page, late=bool(waits))
         out.append(ev.Grant(lease, count, waits))
 
     def _admit(self, event: ev.Admit, now_ns: int, out: Out) -> None:

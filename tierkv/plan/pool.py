@@ -95,13 +95,12 @@ class PagePool:
             del self._open[namespace]
         return index + room
 
-    def take_page(self, namespace: str) -> int | None:
-        """Take one whole page, all its places used; None if no page is free."""
-        if not self._free:
-            return None
-        page = self._own(namespace)
-        self.used[page] = self.page_blocks
-        return page
+    def take_pages(self, count: int, namespace: str) -> list[int]:
+        """Take up to `count` whole pages, all their places used."""
+        pages = [self._own(namespace) for _ in range(min(count, len(self._free)))]
+        for page in pages:
+            self.used[page] = self.page_blocks
+        return pages
 
     def give(self, page: int, offsets: Iterable[int]) -> bool:
         """Give places back; True if the page has none in use any more (see `release`)."""

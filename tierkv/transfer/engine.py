@@ -7,8 +7,9 @@ batch, never per page: a hop between threads costs more than a small page.
 A batch whose deadline passed, or that was cancelled, ends as cancelled as far as it had not begun.
 An exception of a tier ends at the lane: it becomes "these pages did not arrive". Any thread.
 
-Lanes: `file` reads and writes the cold tier, `check` verifies what was read, `device` copies blocks
-between device and host.
+Lanes: `read` and `write` move pages from and to the cold tier, `check` verifies what was read,
+`device` copies blocks between device and host. Two pieces are read at a time: large requests fill a
+device, and those that end one after the other are verified while the next are under way.
 """
 
 from __future__ import annotations
@@ -78,7 +79,6 @@ class TransferEngine:
         self._device = device
         self._cold = cold
         self._piece_bytes = piece_bytes
-        self._threads = threads
         self._sync_each_write = sync_each_write
         self._batches: dict[int, _Batch] = {}
         self._done: deque[Result] = deque()
@@ -87,14 +87,16 @@ class TransferEngine:
         self.links: dict[Link, LinkEstimate] = {}
         self.stats = Stats()
         self._lanes: dict[str, Lane] = {}
+        lanes: dict[str, tuple[int, int]] = {}  # threads, most bytes in flight
         if cold is not None:
-            self._lanes["file"] = Lane(
-                "file", threads=threads, inflight_bytes_max=inflight_bytes_max
-            )
-            checkers = max(1, min(4, (os.cpu_count() or 1) // 2))
-            self._lanes["check"] = Lane("check", threads=checkers, inflight_bytes_max=0)
+            lanes["read"] = (threads, min(inflight_bytes_max, 2 * piece_bytes))
+            lanes["write"] = (threads, inflight_bytes_max)
+            # Verifying is bound by memory: a thread for each core would only hold up the others.
+            lanes["check"] = (max(1, min(4, (os.cpu_count() or 1) // 2)), 0)
         if device is not None:
-            self._lanes["device"] = Lane("device", threads=1, inflight_bytes_max=inflight_bytes_max)
+            lanes["device"] = (1, inflight_bytes_max)
+        for name, (count, bytes_max) in lanes.items():
+            self._lanes[name] = Lane(name, threads=count, inflight_bytes_max=bytes_max)
 
     def submit(self, transfer: Transfer, *, deadline_ns: int | None = None) -> None:
         """Start a transfer; its result comes by `poll`. `deadline_ns` is monotonic time."""
@@ -169,33 +171,17 @@ class TransferEngine:
         reads = transfer.source is TierId.COLD
         pages = [move.source if reads else move.target for move in transfer.moves]
         pieces = self._cold.pieces(pages, max(self._piece_bytes, page_bytes))
-        return lane, self._staggered(pieces) if reads else pieces, page_bytes
-
-    def _staggered(self, pieces: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """Cut reads so that they end one after another, each verified while others go on.
-
-        Requests of one size that start together end together, and the disk would wait while all
-        are verified. So the first of each thread are of rising sizes, the rest of the largest.
-        """
-        threads = self._threads
-        most = max(1, sum(map(len, pieces)) // (2 * threads))
-        ramp = [max(1, most * (n + 1) // threads) for n in range(threads)]
-        cut: list[Sequence[int]] = []
-        for piece in pieces:
-            at = 0
-            while at < len(piece):
-                size = ramp[len(cut)] if len(cut) < threads else most
-                cut.append(piece[at : at + size])
-                at += size
-        return cut
+        return lane, _staggered(pieces) if reads else pieces, page_bytes
 
     def _lane_of(self, transfer: Transfer) -> str:
-        return "file" if TierId.COLD in (transfer.source, transfer.target) else "device"
+        if transfer.source is TierId.COLD:
+            return "read"
+        return "write" if transfer.target is TierId.COLD else "device"
 
-    def _job(self, batch: _Batch, piece: Sequence[int]) -> Callable[[], None]:
-        """Carry out one piece; what was read is verified on another lane, while we read on."""
+    def _job(self, batch: _Batch, piece: Sequence[int]) -> Callable[[], Callable[[], None] | None]:
+        """Carry out one piece; what it gives back settles it, or has another lane verify it."""
 
-        def run() -> None:
+        def run() -> Callable[[], None] | None:
             now = time.monotonic_ns()
             with batch.lock:
                 batch.started_ns = batch.started_ns or now
@@ -203,13 +189,12 @@ class TransferEngine:
                 begin = not (batch.cancelled or late)
             if not begin:
                 self._finish(batch)
-                return
+                return None
             verify = self._attempt(lambda: self._carry(batch.transfer, piece))
             if verify is None or batch.transfer.source is not TierId.COLD:
-                self._settle(batch, piece, verify)
-                return
+                return lambda: self._settle(batch, piece, verify)
             job = Job(batch.transfer.id, 0, lambda: self._settle(batch, piece, verify))
-            self._lanes["check"].submit([job], batch.transfer.urgency)
+            return lambda: self._lanes["check"].submit([job], batch.transfer.urgency)
 
         return run
 
@@ -293,3 +278,14 @@ class TransferEngine:
             frames = [Span(i, target, 0, 1) for i, (_, target) in enumerate(places)]
             self._host.read(rooms, stage)
             self._device.write(frames, stage)
+
+
+def _staggered(pieces: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Read half of the first piece at the start and the other half at the end.
+
+    Requests of one size that start together end together; then the device waits while all are
+    verified. One that is shorter sets them apart, and there is less to verify after the last.
+    """
+    first, *others = pieces
+    half = len(first) // 2
+    return [first[:half], *others, first[half:]] if half else [first, *others]

@@ -1,7 +1,8 @@
 """Lane: a few named worker threads and three queues of jobs, one per urgency.
 
-Jobs of a more urgent queue always go first. Bytes in flight are bounded: a job that nobody waits
-for starts only while the bytes under way stay below the bound; demand is never held back by it.
+Jobs of a more urgent queue always go first, in the order in which they came. Bytes in flight are
+bounded: a job starts when nothing is under way, or when it keeps what is within the bound. So with
+a small bound requests end one after the other rather than all at once.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from tierkv.core.transfer import Urgency
 
 @dataclass(slots=True)
 class Job:
-    """A piece of a batch: `run` moves `size_bytes`; it must not raise."""
+    """A piece of a batch: `run` moves `size_bytes`; it must not raise.
+
+    What it gives back is called next, when the bytes are no longer in flight.
+    """
 
     batch: int
     size_bytes: int
-    run: Callable[[], None]
+    run: Callable[[], Callable[[], object] | None]
 
 
 class Lane:
@@ -43,7 +47,7 @@ class Lane:
         """Queue the jobs of one batch, in order."""
         with self._wake:
             self._queues[urgency].extend(jobs)
-            self._wake.notify(len(jobs))
+            self._wake.notify()
 
     def promote(self, batch: int, urgency: Urgency) -> None:
         """Move what is still queued of a batch to another urgency."""
@@ -65,28 +69,32 @@ class Lane:
             thread.join()
 
     def _work(self) -> None:
-        job = self._next(0)
-        while job is not None:
-            job.run()
-            job = self._next(job.size_bytes)
+        while (job := self._next()) is not None:
+            then = job.run()
+            with self._wake:
+                self._inflight_bytes -= job.size_bytes
+                if then is not None:
+                    self._wake.notify()  # what we gave back may be room for another
+            if then is not None:
+                then()
 
-    def _next(self, done_bytes: int) -> Job | None:
-        """Give back a finished job's bytes and take the next job; None when closed and empty."""
+    def _next(self) -> Job | None:
+        """Take the next job that fits, waiting for one; None when closed and empty."""
         with self._wake:
-            self._inflight_bytes -= done_bytes
             while True:
-                for urgency, queue in self._queues.items():
-                    if queue and self._fits(queue[0], urgency):
-                        job = queue.popleft()
-                        self._inflight_bytes += job.size_bytes
-                        if done_bytes and queue:
-                            self._wake.notify()  # what we gave back may be room for two
-                        return job
-                if self._closed and not any(self._queues.values()):
+                queue = next((queue for queue in self._queues.values() if queue), None)
+                if queue and self._fits(queue[0]):
+                    job = queue.popleft()
+                    self._inflight_bytes += job.size_bytes
+                    if any(self._queues.values()):
+                        self._wake.notify()  # one wakes the next, as far as there is room
+                    return job
+                if self._closed and queue is None:
                     return None
                 self._wake.wait()
 
-    def _fits(self, job: Job, urgency: Urgency) -> bool:
-        if urgency is Urgency.DEMAND or not self._inflight_bytes or self._closed:
+    def _fits(self, job: Job) -> bool:
+        in_flight = self._inflight_bytes
+        if not in_flight or self._closed:
             return True
-        return self._inflight_bytes + job.size_bytes <= self._inflight_bytes_max
+        return in_flight + job.size_bytes <= self._inflight_bytes_max
