@@ -21,7 +21,13 @@ MECHANISM = ("transfer", "attention", "tiers", "codecs", "kernels")
 HEAVY = {"torch", "transformers", "triton", "cupy", "cuda", "vllm", "sglang", "lmcache", "gguf"}
 
 #: Where they may be imported at module level: modules that are loaded only when they are used.
-HEAVY_PLACES = ("tierkv.tiers.device", "tierkv.kernels", "tierkv.engines", "tierkv.demo")
+HEAVY_PLACES = (
+    "tierkv.tiers.device",
+    "tierkv.kernels",
+    "tierkv.engines",
+    "tierkv.demo",
+    "tierkv.testing.codecs",
+)
 
 #: All that core may use beside the standard library.
 CORE_OUTSIDE = {"numpy", "msgspec", "xxhash"}

@@ -109,6 +109,19 @@ def test_a_prompt_larger_than_host_memory_comes_back_from_the_cold_tier(tmp_path
         assert np.array_equal(read_all(store, tokens_of(100)), data)
 
 
+def test_a_snapshot_says_what_is_held_and_what_each_link_gives(tmp_path: Path) -> None:
+    with opened(config_of(tmp_path, host="96KiB")) as store:
+        assert store.snapshot()["links"] == {}
+        store.put(tokens_of(100), bytes_of(store, 100))
+        read_all(store, tokens_of(100))
+        found = store.snapshot()
+
+    assert found["links"]["host,cold,bytes_per_second"] > 0
+    assert found["links"]["cold,host,bytes_per_second"] > 0
+    assert found["tiers"]["blocks_known"] == 100
+    assert 0 < found["tiers"]["host,used_bytes"] <= found["tiers"]["host,capacity_bytes"]
+
+
 def test_everything_flushed_is_found_after_a_restart(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     with opened(config) as store:

@@ -258,7 +258,11 @@ class Store:
         self._parts.close()
 
     def snapshot(self) -> dict[str, dict[str, int]]:
-        """Counters by name, and what each tier holds ("tiers": {"host,used_bytes": ...})."""
+        """Counters by name, what each tier holds, and what each link gives.
+
+        "tiers" has keys as "host,used_bytes", "links" as "cold,host,bytes_per_second"; a link is
+        there once something was moved on it.
+        """
         planner, engine = self._runtime.planner, self._runtime.engine
         with self._runtime.lock:
             found = planner.stats.snapshot() | engine.stats.snapshot()
@@ -270,9 +274,14 @@ class Store:
                 tiers[f"{tier.label},used_bytes"] = blocks * self.plan.block_bytes
                 tiers[f"{tier.label},capacity_bytes"] = capacity * self.plan.block_bytes
             tiers["blocks_known"] = len(planner.index)
+            links: dict[str, int] = {}
+            for (source, target), link in list(engine.links.items()):
+                name = f"{source.label},{target.label}"
+                links[f"{name},bytes_per_second"] = int(link.bytes_per_second)
+                links[f"{name},latency_ns"] = int(link.latency_ns)
         if self._cold is not None:
             tiers["cold,disk_bytes"] = self._cold.usage().disk_bytes
-        return {**found, "tiers": tiers}
+        return {**found, "tiers": tiers, "links": links}
 
     def check(self) -> None:
         """Assert the planner's invariants; for tests and tools."""

@@ -19,11 +19,11 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table; without a `reach` it is there to be known."""
 
     what: str
     value: float
-    reach: float
+    reach: float | None
     higher_is_better: bool = True
     unit: str = "x raw"
     note: str = ""
@@ -31,6 +31,8 @@ class Row:
     @property
     def holds(self) -> bool:
         """Whether the reach is met."""
+        if self.reach is None:
+            return True
         return self.value >= self.reach if self.higher_is_better else self.value <= self.reach
 
 
@@ -135,7 +137,7 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         sign = ">=" if row.higher_is_better else "<="
         mark = "[green]ok[/]" if row.holds else "[red]miss[/]"
-        table.add_row(
-            row.what, f"{row.value:.3g} {row.unit}", f"{sign} {row.reach:g}", mark, row.note
-        )
+        reach = "" if row.reach is None else f"{sign} {row.reach:g}"
+        mark = mark if reach else ""
+        table.add_row(row.what, f"{row.value:.3g} {row.unit}", reach, mark, row.note)
     Console(width=120).print(table)

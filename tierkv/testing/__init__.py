@@ -3,7 +3,10 @@
 ============  ===========================================================================
 files         `MemoryFiles`, `FaultyFiles`: file engines that crash and fail by seed
 file_engines  `FileEngineTests`: the suite that a file engine inherits
-tiers         `ColdTierTests`: the suite that the cold tier passes on every engine
+policies      `PolicyTests`: the suite that an eviction policy inherits
+codecs        `CodecTests`: the suite that a codec inherits (needs torch)
+memory_tiers  `TierTests`: the suite of tiers whose blocks are read and written in place
+tiers         `ColdTierTests`: the suite that the cold tier passes on every file engine
 ============  ===========================================================================
 
 The suites need pytest. Everything random is drawn from a seed that the caller gives.

@@ -8,7 +8,7 @@ pages are slices of its canonical bytes, in order. Any thread, on disjoint frame
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +55,7 @@ class DeviceTier:
                 "lower tiers.device.capacity or change tiers.device.device"
             ) from error
 
-    def write(self, spans: Iterable[Span], data: Bytes | Tensor) -> None:
+    def write(self, spans: Sequence[Span], data: Bytes | Tensor) -> None:
         """Scatter blocks in: `data` uint8 (layers, blocks, block_layer_bytes), any strides."""
         import torch
 
@@ -63,7 +63,9 @@ class DeviceTier:
 
         frames, indices = _split(spans)
         if isinstance(data, np.ndarray):
-            data = torch.from_numpy(data)
+            # A tensor has no negative strides and is never read-only.
+            plain = data.flags.writeable and min(data.strides) >= 0
+            data = torch.from_numpy(data if plain else data.copy())
         low, high = indices[0], indices[-1] + 1
         is_run = high - low == len(indices)
         chosen = (data[:, low:high] if is_run else data[:, indices]).permute(1, 0, 2)
@@ -71,13 +73,18 @@ class DeviceTier:
         rows = chosen.reshape(-1, self.plan.hot_page_bytes)
         scatter_pages(self.pool, self._numbers(frames), rows)
 
-    def read(self, spans: Iterable[Span], out: Bytes | Tensor) -> None:
+    def read(self, spans: Sequence[Span], out: Bytes | Tensor) -> None:
         """Gather blocks out into `out` uint8 (layers, blocks, block_layer_bytes), any strides."""
         import torch
 
         from tierkv.kernels.pages import gather_pages
 
         frames, indices = _split(spans)
+        if isinstance(out, np.ndarray) and min(out.strides) < 0:  # no tensor is like that
+            plain = np.empty(out.shape, np.uint8)
+            self.read(spans, plain)
+            out[:, indices] = plain[:, indices]
+            return
         numbers = self._numbers(frames)
         shape = (len(numbers), self.plan.hot_page_bytes)
         rows = torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -102,7 +109,7 @@ class DeviceTier:
         return (first + torch.arange(each)).reshape(-1).to(self.device)
 
 
-def _split(spans: Iterable[Span]) -> tuple[list[int], list[int]]:
+def _split(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
     """Frames (one block a page), and the positions in the data that belong to them."""
     frames: list[int] = []
     indices: list[int] = []
