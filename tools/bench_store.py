@@ -15,7 +15,6 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -90,7 +89,7 @@ def host_rows(
     batch: int,
     scale: float,
     reach: tuple[float, float],
-    cpu_reach: float = math.inf,
+    cpu_reach: float | None = None,
 ) -> list[Row]:
     """Put and get in batches, in an arena that is full (each put evicts), against memcpy."""
     layout = layout_of(geometry, block_tokens)
