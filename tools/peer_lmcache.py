@@ -52,7 +52,7 @@ def peer_rows(scale: float, directory: Path) -> list[Row]:
         command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | quiet
     )
     ratios = json.loads(done.stdout.splitlines()[-1])
-    return [Row(what, value, 0, note=f"lmcache {VERSION}") for what, value in ratios.items()]
+    return [Row(what, value, None, note=f"lmcache {VERSION}") for what, value in ratios.items()]
 
 
 def environment() -> Path:
