@@ -257,6 +257,20 @@ def test_a_prompt_gets_room_that_its_own_later_blocks_hold() -> None:
     world.planner.check()
 
 
+def test_pins_that_fill_the_host_do_not_starve_a_read() -> None:
+    world = World(spec_of(host=1, cold=6))
+    world.put([1, 2])
+    world.land_all()
+    world.put([3, 4])
+    world.land_all()
+    world.handle(ev.Hint(ev.HintKind.PIN, list(CHAINS["default"].of_tokens([3, 4]))))
+
+    assert world.put([5, 6]) == 0, "a put does not push out what is pinned"
+    assert world.get([1, 2]) == 2
+    assert world.get([3, 4]) == 2, "what was pushed out has its cold copy"
+    world.planner.check()
+
+
 def test_a_block_on_its_way_from_device_to_host_is_waited_for() -> None:
     world = World(spec_of(host=2, cold=0, device=5))
     for token in range(1, 7):

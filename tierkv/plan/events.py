@@ -18,7 +18,7 @@ from tierkv.core.transfer import Instruction, Outcome, Transfer, Urgency
 class HintKind(StrEnum):
     """What an engine knows about the future of a prefix."""
 
-    PIN = "pin"  # keep every resident copy until UNPIN
+    PIN = "pin"  # keep every resident copy until UNPIN, or until a read finds no other host page
     UNPIN = "unpin"
     PREFETCH = "prefetch"  # bring it to host memory now
     EXPECT = "expect"  # it returns at `at_ns`: prefetch in time (session pause, tool call)

@@ -16,9 +16,10 @@ from tierkv.core.stats import Stats
 from tierkv.core.tier import TierId
 from tierkv.core.transfer import Urgency
 from tierkv.plan import events as ev
-from tierkv.plan.movement import Movement, Out
+from tierkv.plan.movement import Movement
 from tierkv.plan.radix import RadixIndex
 from tierkv.plan.residency import NO_PLACE
+from tierkv.plan.room import Out
 from tierkv.plan.spec import PlanSpec
 
 _RETRY_NS: Final = 1_000_000_000

@@ -1,4 +1,4 @@
-"""Movement: making room and moving pages between tiers, as decisions.
+"""Movement: moving pages between tiers, as decisions; making room for them is in `room`.
 
 Three moves exist. **Write-back** copies a host page to a fresh cold page (`drop` also empties the
 host page once it is safe). **Promotion** reads a cold page into a whole host page. **Copying**
@@ -14,27 +14,18 @@ they are full, on `Flush`, and when they must go. Single owner (the planner).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Final
 
 from tierkv.core.stats import Stats
 from tierkv.core.tier import BlockLabel, PageLabel, Span, TierId
 from tierkv.core.transfer import Move, Outcome, Transfer, Urgency
-from tierkv.plan.events import AnyInstruction, Cancel
-from tierkv.plan.policies import POLICIES
-from tierkv.plan.policies.base import EvictionPolicy
-from tierkv.plan.prefetches import Prefetches
+from tierkv.plan.events import Cancel
 from tierkv.plan.radix import ROOT, RadixIndex
 from tierkv.plan.residency import NO_PLACE, TierTable
+from tierkv.plan.room import Out, Room
 from tierkv.plan.spec import PlanSpec
-
-Out = list[AnyInstruction]
-
-#: A pass of eviction frees at least this many pages, or this share of a small tier.
-_EVICT_PAGES_MAX: Final = 16
-_EVICT_SHARE: Final = 64
 
 
 @dataclass(slots=True)
@@ -48,101 +39,14 @@ class Flight:
     relocating: list[list[int]] = field(default_factory=list)
 
 
-class Movement:
-    """The tables, policies and flights of all tiers, and the moves between them."""
+class Movement(Room):
+    """The flights under way and the moves that start and end them."""
 
     def __init__(self, spec: PlanSpec, index: RadixIndex, stats: Stats) -> None:
-        self.spec = spec
-        self.index = index
-        self.stats = stats
-        self.tables = {t: TierTable(p.pages, p.page_blocks) for t, p in spec.tiers.items()}
-        self.policies: dict[TierId, EvictionPolicy] = {
-            t: POLICIES.load(p.policy)() for t, p in spec.tiers.items()
-        }
+        super().__init__(spec, index, stats)
         self.flights: dict[int, Flight] = {}
-        self.dirty: set[int] = set()
-        self.held: set[int] = set()
-        self.deadlines: dict[int, int] = {}  # block -> when it is to be dropped
-        self.loose: list[int] = []  # blocks that may be resident nowhere: see `prune`
-        self.prefetches = Prefetches(stats, spec.block_bytes)
         self._roots = {n.name: n.root for n in spec.namespaces}
-        self._quotas = {n.name: n.quota_pages for n in spec.namespaces if n.quota_pages}
         self._next_transfer = 0
-
-    # ---- room
-
-    def room(self, tier: TierId, count: int, namespace: str, now_ns: int, out: Out) -> list[Span]:
-        """Take and pin up to `count` places, evicting colder pages where needed."""
-        table = self.tables[tier]
-        spans = self._take(table, tier, count, namespace, 0)
-        taken = spans[-1].index + spans[-1].count if spans else 0
-        if taken < count:
-            pages = -(-(count - taken) // table.page_blocks)
-            self._evict(tier, pages, namespace, now_ns, out)
-            spans += self._take(table, tier, count, namespace, taken)
-        return spans
-
-    def whole_pages(
-        self, tier: TierId, count: int, namespace: str, now_ns: int, out: Out
-    ) -> list[int]:
-        """Take and pin up to `count` whole pages, evicting where needed."""
-        table = self.tables[tier]
-        pool, pins = table.pool, table.pins
-        taken: list[int] = []
-        while len(taken) < count:
-            left = count - len(taken)
-            if pool.free_pages < left or self._quota_left(tier, namespace) < 1:
-                self._evict(tier, left, namespace, now_ns, out)
-            pages = pool.take_pages(min(left, self._quota_left(tier, namespace)), namespace)
-            if not pages:
-                break
-            for page in pages:
-                pins[page] += 1
-            taken += pages
-        return taken
-
-    def _take(
-        self, table: TierTable, tier: TierId, count: int, namespace: str, index: int
-    ) -> list[Span]:
-        left = self._quota_left(tier, namespace) if self._quotas else None
-        spans = table.pool.take(count, namespace, pages_max=left, index=index)
-        pins = table.pins
-        for span in spans:
-            pins[span.page] += 1  # before anything else may evict it
-        return spans
-
-    def _quota_left(self, tier: TierId, namespace: str) -> int:
-        pool = self.tables[tier].pool
-        quota = self._quotas.get(namespace, {}).get(tier)
-        return pool.pages if quota is None else quota - pool.owned[namespace]
-
-    def _evict(self, tier: TierId, pages: int, namespace: str, now_ns: int, out: Out) -> None:
-        """Free up to `pages` pages; those that must be copied first are freed when they landed."""
-        table = self.tables[tier]
-        pool, pins = table.pool, table.pins
-        own_only = bool(self._quotas) and self._quota_left(tier, namespace) < 1
-        wanted = pages if own_only else pages - pool.free_pages  # a quota has no use for free pages
-
-        def is_evictable(page: int) -> bool:
-            # A sealed page is pinned by the transfer that sealed it.
-            if pins[page] or (own_only and pool.owner[page] != namespace):
-                return False
-            return not self.held or self.held.isdisjoint(table.blocks_in(page))
-
-        if wanted > 0:  # a few more at once: most of the cost is per pass, not per page
-            wanted = max(wanted, min(_EVICT_PAGES_MAX, pool.pages // _EVICT_SHARE))
-        simple = not (own_only or self.held)
-        idle: Callable[[int], bool] = (lambda page: not pins[page]) if simple else is_evictable
-        victims = self.policies[tier].evict(max(0, wanted), idle)
-        if any(other > tier for other in self.tables):
-            victims = [page for page in victims if not self._save(tier, page, now_ns, out)]
-        if victims:
-            self.stats.add("tierkv_evicted_pages_total", len(victims), tier.label)
-            blocks = table.clear(victims)
-            if self.dirty or self.prefetches:
-                for page in victims:
-                    self._freed(tier, page)
-            self._lost(tier, blocks)
 
     def _save(self, tier: TierId, page: int, now_ns: int, out: Out) -> bool:
         """Copy a page down before it goes, if it holds the only copy of something."""
@@ -155,55 +59,6 @@ class Movement:
         if tier is TierId.DEVICE and TierId.HOST in self.tables:
             return self.copy(blocks, tier, TierId.HOST, Urgency.DEMOTE, now_ns, out, drop=True)
         return False
-
-    def drop(self, tier: TierId, blocks: Sequence[int]) -> None:
-        """Forget blocks in one tier; `prune` forgets those that are nowhere else."""
-        if not blocks:
-            return
-        table = self.tables[tier]
-        pages = {table.place[b] // table.page_blocks for b in blocks}
-        table.drop(blocks)
-        for page in pages:
-            if page not in table.pool.owner:
-                self.policies[tier].forget(page)
-                self._freed(tier, page)
-        self._lost(tier, blocks)
-
-    def _freed(self, tier: TierId, page: int) -> None:
-        if tier is TierId.HOST:
-            self.dirty.discard(page)
-            self.prefetches.gone(page)
-
-    def _lost(self, tier: TierId, blocks: Sequence[int]) -> None:
-        """Blocks left a tier: host copies of cold blocks are dirty again."""
-        if tier is TierId.COLD:
-            host = self.tables[TierId.HOST]
-            self.dirty.update(
-                host.place[b] // host.page_blocks for b in blocks if host.ready[b] >= 0
-            )
-        self.loose.extend(blocks)
-
-    def unpin(self, tier: TierId, page: int) -> None:
-        """Undo one pin; a page that was emptied meanwhile is free now."""
-        table = self.tables[tier]
-        table.unpin(page)
-        if page not in table.pool.owner:
-            self.policies[tier].forget(page)
-
-    def prune(self) -> None:
-        """Remove from the index what is resident nowhere.
-
-        Once an event, at its end: until then a block that is about to be placed would look idle.
-        """
-        gone = self.index.prune(self.loose, [table.place for table in self.tables.values()])
-        if self.held:
-            self.held.difference_update(gone)
-        if self.deadlines:
-            for block in gone:
-                self.deadlines.pop(block, None)
-        self.loose.clear()
-
-    # ---- moves
 
     def write_back(
         self, pages: Iterable[int], urgency: Urgency, now_ns: int, out: Out, *, drop: bool = False
@@ -257,7 +112,7 @@ class Movement:
         arriving: list[list[int]] = []
         filled: list[int] = []
         spans: list[Span] = []
-        for page, target in self._targets(wanted, now_ns, out):
+        for page, target in self._targets(wanted, urgency, now_ns, out):
             host.pool.seal(target)
             blocks = [
                 b for b in cold.blocks_in(page) if cold.ready[b] >= 0 and host.place[b] == NO_PLACE
@@ -280,12 +135,17 @@ class Movement:
         started = self._start(TierId.COLD, TierId.HOST, moves, urgency, out, arriving)
         return started, wanted[: len(moves)]
 
-    def _targets(self, pages: list[int], now_ns: int, out: Out) -> Iterator[tuple[int, int]]:
+    def _targets(
+        self, pages: list[int], urgency: Urgency, now_ns: int, out: Out
+    ) -> Iterator[tuple[int, int]]:
         """Pairs cold pages with host pages taken for them, until there is no more room."""
         owner = self.tables[TierId.COLD].pool.owner
         for namespace, run in groupby(pages, owner.__getitem__):
             group = list(run)
-            taken = self.whole_pages(TierId.HOST, len(group), namespace, now_ns, out)
+            taken = self.whole_pages(
+                TierId.HOST, len(group), namespace, now_ns, out,
+                over_hints=urgency is Urgency.DEMAND,
+            )  # fmt: skip
             yield from zip(group, taken, strict=False)
             if len(taken) < len(group):
                 return

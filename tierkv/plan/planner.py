@@ -24,10 +24,11 @@ from tierkv.core.tier import Span, TierId
 from tierkv.core.transfer import Urgency
 from tierkv.plan import events as ev
 from tierkv.plan.hints import Hints
-from tierkv.plan.movement import Movement, Out
+from tierkv.plan.movement import Movement
 from tierkv.plan.radix import RadixIndex
 from tierkv.plan.recovery import take_over
 from tierkv.plan.residency import NO_PLACE
+from tierkv.plan.room import Out
 from tierkv.plan.spec import PlanSpec
 
 #: The fastest tier that can serve each block first.
