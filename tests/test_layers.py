@@ -27,6 +27,7 @@ HEAVY_PLACES = (
     "tierkv.engines",
     "tierkv.demo",
     "tierkv.testing.codecs",
+    "tierkv.testing.streams",
 )
 
 #: All that core may use beside the standard library.

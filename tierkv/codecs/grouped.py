@@ -5,12 +5,14 @@ nearest multiple of ``scale = largest / codes_max``. An encoded row is the codes
 then its scales as little-endian float32; int4 keeps two codes a byte, the first in the low half,
 stored as ``code + 8``. The scale is float32 because bfloat16 values may be as large as float32's.
 
-The torch reference of the fused kernels: they give these bytes.
+The torch reference of the fused kernels in `kernels/triton_pages.py`: they give these bytes.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from tierkv.kernels.pages import has_kernels
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -57,6 +59,32 @@ class _Grouped:
         scale = codes[:, width:].contiguous().view(torch.float32)[..., None]
         limit = torch.finfo(dtype).max
         return (values * scale).clamp_(-limit, limit).reshape(len(codes), elements).to(dtype)
+
+    def encode_pages(self, pool: Tensor, numbers: Tensor) -> Tensor:
+        """Pages `numbers` of a pool (pages, values), each as one encoded row, in one pass.
+
+        On a CUDA device values that are not finite are not refused, as asking would stall it: all
+        values of their group come back as NaN.
+        """
+        import torch
+
+        if not has_kernels(pool):
+            return self.encode(pool[numbers])
+        from tierkv.kernels.triton_pages import launch_encode
+
+        width = self.encoded_bytes(pool.shape[1], pool.dtype)
+        codes = torch.empty((len(numbers), width), dtype=torch.uint8, device=pool.device)
+        launch_encode(pool, numbers, codes, group=GROUP, bits=self.code_bits)
+        return codes
+
+    def decode_pages(self, codes: Tensor, pool: Tensor, numbers: Tensor) -> None:
+        """The inverse of `encode_pages`; changes `pool`."""
+        if not has_kernels(pool):
+            pool[numbers] = self.decode(codes, pool.shape[1], pool.dtype)
+            return
+        from tierkv.kernels.triton_pages import launch_decode
+
+        launch_decode(pool, numbers, codes, group=GROUP, bits=self.code_bits)
 
     def error_bound(self, rows: Tensor) -> Tensor:
         """Half a step of the group's scale, and the rounding of the result to the rows' dtype."""

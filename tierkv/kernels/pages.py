@@ -1,4 +1,6 @@
-"""Gather and scatter of hot pages, over a pool and a vector of page numbers (torch reference).
+"""Gather and scatter of hot pages, over a pool and a vector of page numbers.
+
+The torch reference, and on a CUDA device the Triton kernels of `triton_pages`.
 
 Shapes: `pool` uint8 (pages, page_bytes); `numbers` int64 (n,) on the pool's device; `rows` uint8
 (n, page_bytes), contiguous. A page number may repeat in a gather, never in a scatter.
@@ -6,14 +8,23 @@ Shapes: `pool` uint8 (pages, page_bytes); `numbers` int64 (n,) on the pool's dev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: What a thread of the kernels moves at a time.
+_VECTOR_BYTES: Final = 16
+
 
 def gather_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
     """rows[i] = pool[numbers[i]], on the current stream."""
+    if has_kernels(pool):
+        from tierkv.kernels.triton_pages import launch_copy
+
+        launch_copy(pool, numbers, rows, gather=True)
+        return
     import torch
 
     torch.index_select(pool, 0, numbers, out=rows)
@@ -21,4 +32,16 @@ def gather_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
 
 def scatter_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
     """pool[numbers[i]] = rows[i], on the current stream; changes `pool`."""
+    if has_kernels(pool):
+        from tierkv.kernels.triton_pages import launch_copy
+
+        launch_copy(pool, numbers, rows, gather=False)
+        return
     pool.index_copy_(0, numbers, rows)
+
+
+def has_kernels(pool: Tensor) -> bool:
+    """Whether the kernels serve this pool: CUDA memory, pages of whole vectors, Triton there."""
+    if not pool.is_cuda or pool.shape[1] * pool.element_size() % _VECTOR_BYTES:
+        return False
+    return find_spec("triton") is not None

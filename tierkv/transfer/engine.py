@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from tierkv.core.errors import TierKVError
 from tierkv.core.geometry import PagePlan
 from tierkv.core.stats import Stats
@@ -33,6 +35,8 @@ from tierkv.tiers.host import HostTier
 from tierkv.tiers.segments import SegmentTier
 from tierkv.transfer.bandwidth import LinkEstimate
 from tierkv.transfer.lane import Job, Lane
+from tierkv.transfer.staging import Staging, page_moves
+from tierkv.transfer.streams import CudaStreams
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +90,7 @@ class TransferEngine:
         self.ended = 0
         self.links: dict[Link, LinkEstimate] = {}
         self.stats = Stats()
+        self._staging: tuple[CudaStreams, Staging] | None = None
         self._lanes: dict[str, Lane] = {}
         lanes: dict[str, tuple[int, int]] = {}  # threads, most bytes in flight
         if cold is not None:
@@ -261,10 +266,11 @@ class TransferEngine:
         return lambda: [True] * len(moves)
 
     def _copy_blocks(self, transfer: Transfer, places: list[tuple[int, int]]) -> None:
-        """Between device frames and host places, through one staging buffer."""
+        """Between device frames and host places."""
         assert self._device is not None
-        import numpy as np
-
+        if self._device.pool.is_cuda:
+            self._stage_blocks(transfer, places)
+            return
         plan = self._plan
         size = plan.warm_page_blocks
         stage = np.empty((plan.layers, len(places), plan.block_layer_bytes), np.uint8)
@@ -278,6 +284,21 @@ class TransferEngine:
             frames = [Span(i, target, 0, 1) for i, (_, target) in enumerate(places)]
             self._host.read(rooms, stage)
             self._device.write(frames, stage)
+
+    def _stage_blocks(self, transfer: Transfer, places: list[tuple[int, int]]) -> None:
+        """On CUDA: whole warm pages over the link, through the ring; on the lane's one thread."""
+        import torch
+
+        assert self._device is not None
+        if self._staging is None:
+            host = torch.from_numpy(self._host.pages)
+            streams = CudaStreams(self._device.device)
+            self._staging = streams, Staging(streams, self._plan, host, self._device.pool)
+        streams, staging = self._staging
+        is_down = transfer.source is TierId.DEVICE
+        moves = page_moves(places, self._plan.warm_page_blocks, host_first=not is_down)
+        work = staging.save if is_down else staging.load
+        work(moves, after=streams.computed()).synchronize()
 
 
 def _staggered(pieces: Sequence[Sequence[int]]) -> list[Sequence[int]]:
