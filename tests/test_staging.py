@@ -185,6 +185,20 @@ def test_write_back_that_does_not_wait_for_the_engine_is_found() -> None:
     assert "on relayout" in race
 
 
+def test_the_host_may_touch_pages_after_it_waited_and_not_before() -> None:
+    def races(*, waits: bool) -> list[str]:
+        world = World(7)
+        saved = world.staging.save(moves_of(8, 2))
+        if waits:
+            saved.synchronize()
+            assert saved.query()
+        world.streams.queue("reader", "host", [access(world.host, writes=False)], lambda: None)
+        return world.streams.races()
+
+    assert races(waits=True) == []
+    assert "reader on host" in races(waits=False)[0]
+
+
 def test_moves_of_single_blocks_become_one_move_a_page() -> None:
     up = page_moves([(9, 100), (3, 7), (8, 101), (10, 5)], 4, host_first=True)
 

@@ -126,12 +126,12 @@ class RawFiles:
         list(self._pool.map(one, [(number, row) for row, number in enumerate(numbers)]))
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Row], title: str = "tierkv store, against raw in the same run") -> None:
     """Print the table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="tierkv store, against raw in the same run")
+    table = Table(title=title)
     for column in ("what", "value", "reach", "", "note"):
         table.add_column(column, justify="left" if column in ("what", "note") else "right")
     for row in rows:

@@ -53,8 +53,10 @@ class Mark:
         return self.last is None or self.last in self.streams.done
 
     def synchronize(self) -> None:
-        """Run everything; a recorded device knows no time."""
-        self.streams.run()
+        """Run what it stands for; what is queued from here on comes after that."""
+        if self.last is not None:
+            self.streams.run(only=self.streams.needed(self.last))
+            self.streams.synchronized.add(self.last)
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class RecordingStreams:
     skip: frozenset[int] = frozenset()
     operations: list[Operation] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
+    synchronized: set[int] = field(default_factory=set)
     waits: int = 0
     _last: dict[str, int] = field(default_factory=dict)
     _pending: dict[str, set[int]] = field(default_factory=dict)
@@ -91,7 +94,7 @@ class RecordingStreams:
     ) -> None:
         """Queue any operation: what an engine computes, what a reader of host memory does."""
         number = len(self.operations)
-        before = self._pending.pop(queue, set())
+        before = self._pending.pop(queue, set()) | self.synchronized
         if queue in self._last:
             before.add(self._last[queue])
         self.operations.append(Operation(name, queue, accesses, before, run))
@@ -131,10 +134,20 @@ class RecordingStreams:
                     )
         return found
 
-    def run(self, seed: int | None = None) -> None:
+    def needed(self, last: int) -> set[int]:
+        """An operation and all that must be done before it."""
+        found, todo = set(), {last}
+        while todo:
+            number = todo.pop()
+            found.add(number)
+            todo |= self.operations[number].before - found
+        return found
+
+    def run(self, seed: int | None = None, *, only: set[int] | None = None) -> None:
         """Carry out what has not run: in queueing order, or in an order drawn by `seed`."""
         draw = random.Random(seed)
-        left = [n for n in range(len(self.operations)) if n not in self.done]
+        wanted = range(len(self.operations)) if only is None else sorted(only)
+        left = [n for n in wanted if n not in self.done]
         while left:
             ready = [n for n in left if self.operations[n].before <= self.done]
             chosen = ready[0] if seed is None else draw.choice(ready)
