@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from tierkv.kernels.relayout import (  # noqa: E402
     MovePlan,
     Side,
     kernel_source,
+    move_blocks,
     move_by_reference,
     plan_move,
 )
@@ -211,16 +212,20 @@ def test_odd_widths_are_named_as_what_the_kernel_cannot_do() -> None:
         BlockShape.of(narrow, 16)
 
 
-def test_a_block_outside_its_layer_is_refused() -> None:
+@pytest.mark.parametrize("move", [move_by_reference, move_blocks])
+@pytest.mark.parametrize("offset", [-16, 48, 64])
+def test_a_block_outside_its_layer_is_refused(
+    move: Callable[[BlockShape, Side, Side], None], offset: int
+) -> None:
     shape = BlockShape(planes=1, tokens=2, heads=1, head_bytes=16)
     at = Arrangement.canonical(shape)
     layer = torch.zeros(64, dtype=torch.uint8)
-    with pytest.raises(GeometryMismatch, match="64 to 95 leaves its layer of 64"):
-        move_by_reference(
-            shape,
-            Side([layer], torch.tensor([64]), at),
-            Side([layer], torch.tensor([0]), at),
-        )
+    inside, outside = (Side([layer], torch.tensor([start]), at) for start in (32, offset))
+
+    for source, target in ((outside, inside), (inside, outside)):
+        with pytest.raises(GeometryMismatch, match="leave a layer of 64 bytes"):
+            move(shape, source, target)
+    assert not layer.any()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

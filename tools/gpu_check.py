@@ -269,6 +269,7 @@ def speed_rows(gib: int) -> Iterator[Row]:
         else:
             yield gemm_row(staging, moves)
             del streams
+    yield duplex_row()
     yield relayout_row()
     yield codes_row(down)
     yield register_row(gib)
@@ -292,6 +293,30 @@ def gemm_row(staging: Staging, moves: list[PageMove]) -> Row:
 
     slowed = seconds(beside)
     return Row("matrix products slowed by loads", (slowed / alone - 1) * 100, 3, False, "%")
+
+
+def duplex_row() -> Row:
+    """Loads and saves at once, against plain copies both ways at once."""
+    pages = BATCH // SMALL.warm_page_bytes
+    frames = pages * SMALL.warm_page_blocks
+    (_, _, up, _), (_, _, down, _) = (staged(SMALL, pages, frames, seeded=False) for _ in range(2))
+    moves = moves_of(SMALL, random.Random(0), pages, frames, whole=True)
+    hosts = [torch.empty(BATCH, dtype=torch.uint8).pin_memory() for _ in range(2)]
+    slabs = [torch.empty(BATCH, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    streams = [torch.cuda.Stream(DEVICE) for _ in range(2)]
+
+    def plain() -> None:
+        with torch.cuda.stream(streams[0]):
+            slabs[0].copy_(hosts[0], non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            hosts[1].copy_(slabs[1], non_blocking=True)
+
+    def ours() -> None:
+        loaded, saved = up.load(moves), down.save(moves)
+        loaded.synchronize()
+        saved.synchronize()
+
+    return Row("both directions at once, 16 KiB pages", seconds(plain) / seconds(ours), 0.9)
 
 
 def relayout_row() -> Row:

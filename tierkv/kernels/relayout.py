@@ -178,8 +178,10 @@ def move_blocks(shape: BlockShape, source: Side, target: Side, *, programs: int 
 
     Blocks of the target must not overlap each other or the source. One side may be host memory
     that CUDA has mapped, if the other is on the device; `programs` bounds how much of the device
-    the kernel may take.
+    the kernel may take. Raises GeometryMismatch for a block that leaves its layer.
     """
+    _require_inside(shape, source)
+    _require_inside(shape, target)
     plan = plan_move(shape, source.arrangement, target.arrangement)
     on_device = any(layer.is_cuda for layer in (*source.layers, *target.layers))
     if on_device and plan.is_aligned and find_spec("cupy") is not None:
@@ -190,6 +192,8 @@ def move_blocks(shape: BlockShape, source: Side, target: Side, *, programs: int 
 
 def move_by_reference(shape: BlockShape, source: Side, target: Side) -> None:
     """What `move_blocks` does, as torch says it; any device, any alignment."""
+    _require_inside(shape, source)
+    _require_inside(shape, target)
     for from_layer, to_layer in zip(source.layers, target.layers, strict=True):
         pairs = zip(source.offsets.tolist(), target.offsets.tolist(), strict=True)
         for from_offset, to_offset in pairs:
@@ -240,15 +244,24 @@ def _kernel() -> Callable[..., None]:
     return kernel
 
 
+def _require_inside(shape: BlockShape, side: Side) -> None:
+    """GeometryMismatch if a block leaves a layer; offsets on a device are the caller's to check."""
+    if side.offsets.is_cuda or not len(side.offsets):
+        return
+    counts = (shape.planes, shape.tokens, shape.heads)
+    steps = (side.arrangement.plane, side.arrangement.token, side.arrangement.head)
+    reach = [(count - 1) * step for count, step in zip(counts, steps, strict=True)]
+    low = int(side.offsets.min()) + sum(part for part in reach if part < 0)
+    high = int(side.offsets.max()) + sum(part for part in reach if part > 0) + shape.head_bytes
+    size = min(layer.numel() for layer in side.layers)
+    if low < 0 or high > size:
+        raise GeometryMismatch(f"blocks at bytes {low} to {high} leave a layer of {size} bytes")
+
+
 def _view(layer: Tensor, offset: int, shape: BlockShape, at: Arrangement) -> Tensor:
     counts = (shape.planes, shape.tokens, shape.heads, shape.head_bytes)
-    steps = (at.plane, at.token, at.head, 1)
-    last = offset + sum((count - 1) * step for count, step in zip(counts, steps, strict=True))
-    if not 0 <= offset <= last < layer.numel():
-        raise GeometryMismatch(
-            f"a block at bytes {offset} to {last} leaves its layer of {layer.numel()} bytes"
-        )
-    return layer.as_strided(counts, steps, layer.storage_offset() + offset)
+    start = layer.storage_offset() + offset
+    return layer.as_strided(counts, (at.plane, at.token, at.head, 1), start)
 
 
 def kernel_source() -> str:
