@@ -125,6 +125,37 @@ def test_blocks_go_down_after_they_were_computed_and_leave_their_neighbours_alon
     assert all(world.host_block(*block) == data for block, data in before.items())
 
 
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**16),
+    pages=st.integers(1, PAGES),
+    ring=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    order=st.integers(0, 2**16),
+)
+def test_a_layer_is_there_at_its_event_and_the_next_ones_need_not_be(
+    seed: int, pages: int, ring: tuple[int, int], order: int
+) -> None:
+    world = World(seed, slots=ring[0], slot_pages=ring[1])
+    moves = moves_of(seed, pages)
+    before = [world.frame(n) for n in range(FRAMES)]
+    events = world.staging.load_layers(moves)
+
+    assert len(events) == PLAN.layers
+    assert world.streams.races() == []
+    size = PLAN.block_layer_bytes
+    for layer, event in enumerate(events):
+        world.streams.run(order, only=world.streams.needed(event.last))
+        assert event.query()
+        part = slice(layer * size, (layer + 1) * size)
+        for move in moves:
+            for offset, frame in zip(move.offsets, move.frames, strict=True):
+                assert world.frame(frame)[part] == world.host_block(move.page, offset)[part]
+        if layer + 1 < len(events):
+            assert not events[-1].query()
+    moved = {frame for move in moves for frame in move.frames}
+    assert all(world.frame(n) == before[n] for n in set(range(FRAMES)) - moved)
+
+
 def busy_world(skip: frozenset[int] = frozenset()) -> World:
     """Down, up and down again through a ring of two slots, behind the engine's own work."""
     world = World(1, slots=2, skip=skip)

@@ -13,28 +13,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
-CPU = "--cpu" in sys.argv or not Path("/dev/nvidiactl").exists()
-if CPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from gpu_parts import (
+    CPU,
+    DEVICE,
+    LLAMA,
+    SMALL,
+    device_name,
+    moves_of,
+    random_bytes,
+    staged,
+    synchronize,
+)
 from measuring import Row, show
 
 from tierkv.codecs.grouped import GROUP, Int4, Int8
-from tierkv.core.geometry import GIB, MIB, KVGeometry, PagePlan
+from tierkv.core.tier import Span
 from tierkv.kernels import triton_pages
 from tierkv.kernels.relayout import (
     Arrangement,
@@ -45,16 +49,6 @@ from tierkv.kernels.relayout import (
 )
 from tierkv.testing.streams import RecordingStreams
 from tierkv.tiers.device import DeviceTier
-from tierkv.tiers.host import HostTier
-from tierkv.transfer.staging import PageMove, Staging
-from tierkv.transfer.streams import CudaStreams, Event
-
-DEVICE = torch.device("cpu" if CPU else "cuda:0")
-#: Blocks of 16 KiB: frames of one hot page, so that every page goes somewhere else.
-SMALL = PagePlan.of(KVGeometry(layers=4, kv_heads=1, head_dim=64))
-#: Llama-3-8B: a block of 16 tokens is a warm page of 2 MiB, its frame 128 hot pages.
-LLAMA = PagePlan.of(KVGeometry(layers=32, kv_heads=8, head_dim=128))
-BATCH = 64 * MIB
 
 Check = Callable[[], str]
 
@@ -70,7 +64,11 @@ def main() -> int:
     options = parser.parse_args()
     print(f"device: {device_name()}; torch {torch.__version__}; {platform.platform()}")
     failed = [check.__name__ for check in CHECKS if not passes(check)]
-    rows = [] if CPU else list(speed_rows(options.gib))
+    rows: list[Row] = []
+    if not CPU:
+        from gpu_speed import speed_rows
+
+        rows = list(speed_rows(options.gib))
     if CPU:
         print("speed: skipped, there is no CUDA device")
     else:
@@ -106,11 +104,6 @@ def passes(check: Check) -> bool:
         return False
     print(f"ok     {check.__name__}: {note} ({time.monotonic() - begun:.1f} s)")
     return True
-
-
-def device_name() -> str:
-    """The device, in words."""
-    return "none" if CPU else torch.cuda.get_device_name(DEVICE)
 
 
 # ---- correctness
@@ -205,7 +198,10 @@ def ring() -> str:
         staging.save(moves, after=streams.computed()).synchronize()
         pool.zero_()
         synchronize()
-        staging.load(moves, after=streams.computed()).synchronize()
+        if plan is LLAMA:
+            staging.load_layers(moves, after=streams.computed())[-1].synchronize()
+        else:
+            staging.load(moves, after=streams.computed()).synchronize()
         step = plan.block_bytes
         flat, kept = pool.view(-1).cpu(), pool_before.view(-1).cpu()
         moved = {frame for move in moves for frame in move.frames}
@@ -217,15 +213,13 @@ def ring() -> str:
         assert all(torch.equal(host[page], host_before[page]) for page in untouched)
         if isinstance(streams, RecordingStreams):
             assert streams.races() == []
-    return "blocks of 16 KiB and of 2 MiB"
+    return "blocks of 16 KiB, and of 2 MiB layer by layer"
 
 
 def device_tier() -> str:
     """The device tier itself holds what was put."""
     tier = DeviceTier(SMALL, frames=64, device=DEVICE.type)
     tier.open()
-    from tierkv.core.tier import Span
-
     data = random_bytes(SMALL.layers, 10 * SMALL.block_layer_bytes, seed=4).cpu().numpy()
     data = data.reshape(SMALL.layers, 10, SMALL.block_layer_bytes)
     spans = [Span(n, page, 0, 1) for n, page in enumerate(random.Random(2).sample(range(64), 10))]
@@ -238,186 +232,6 @@ def device_tier() -> str:
 
 
 CHECKS: tuple[Check, ...] = (copies, codes, relayouts, ring, device_tier)
-
-
-# ---- speed
-
-
-def speed_rows(gib: int) -> Iterator[Row]:
-    """The table; every ratio is of a plain copy of the same bytes, in the same run."""
-    host = torch.empty(BATCH, dtype=torch.uint8).pin_memory()
-    slab = torch.empty(BATCH, dtype=torch.uint8, device=DEVICE)
-    up = seconds(lambda: slab.copy_(host, non_blocking=True))
-    down = seconds(lambda: host.copy_(slab, non_blocking=True))
-    yield Row("one pinned copy up, 64 MiB", BATCH / up / 1e9, None, unit="GB/s")
-    yield Row("one pinned copy down, 64 MiB", BATCH / down / 1e9, None, unit="GB/s")
-    for name, plan, reach in (("16 KiB pages", SMALL, 0.95), ("2 MiB warm pages", LLAMA, 0.97)):
-        pages = BATCH // plan.warm_page_bytes
-        frames = pages * plan.warm_page_blocks
-        _, _, staging, streams = staged(plan, pages, frames, seeded=False)
-        moves = moves_of(plan, random.Random(0), pages, frames, whole=True)
-        load = seconds(partial(wait_for, staging.load, moves))
-        save = seconds(partial(wait_for, staging.save, moves))
-        yield Row(f"up, {name} into hot pages", up / load, reach)
-        yield Row(f"down, {name} from hot pages", down / save, reach if plan is SMALL else None)
-        if plan is SMALL:
-            begun = time.perf_counter()
-            last = staging.load(moves)
-            submit_us = (time.perf_counter() - begun) * 1e6
-            last.synchronize()
-            yield Row("submit 4,096 pages", submit_us, 100, False, "us")
-        else:
-            yield gemm_row(staging, moves)
-            del streams
-    yield duplex_row()
-    yield relayout_row()
-    yield codes_row(down)
-    yield register_row(gib)
-
-
-def gemm_row(staging: Staging, moves: list[PageMove]) -> Row:
-    """How much a loop of matrix products is slowed by loads beside it."""
-    left = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
-    right = torch.randn_like(left)
-
-    def products() -> None:
-        for _ in range(20):
-            torch.mm(left, right)
-
-    alone = seconds(products)
-
-    def beside() -> None:
-        for _ in range(8):
-            staging.load(moves)
-        products()
-
-    slowed = seconds(beside)
-    return Row("matrix products slowed by loads", (slowed / alone - 1) * 100, 3, False, "%")
-
-
-def duplex_row() -> Row:
-    """Loads and saves at once, against plain copies both ways at once."""
-    pages = BATCH // SMALL.warm_page_bytes
-    frames = pages * SMALL.warm_page_blocks
-    (_, _, up, _), (_, _, down, _) = (staged(SMALL, pages, frames, seeded=False) for _ in range(2))
-    moves = moves_of(SMALL, random.Random(0), pages, frames, whole=True)
-    hosts = [torch.empty(BATCH, dtype=torch.uint8).pin_memory() for _ in range(2)]
-    slabs = [torch.empty(BATCH, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
-    streams = [torch.cuda.Stream(DEVICE) for _ in range(2)]
-
-    def plain() -> None:
-        with torch.cuda.stream(streams[0]):
-            slabs[0].copy_(hosts[0], non_blocking=True)
-        with torch.cuda.stream(streams[1]):
-            hosts[1].copy_(slabs[1], non_blocking=True)
-
-    def ours() -> None:
-        loaded, saved = up.load(moves), down.save(moves)
-        loaded.synchronize()
-        saved.synchronize()
-
-    return Row("both directions at once, 16 KiB pages", seconds(plain) / seconds(ours), 0.9)
-
-
-def relayout_row() -> Row:
-    """HND to ours inside the device, bytes read and written, against a device copy."""
-    shape, blocks = BlockShape(2, 16, 8, 256), 4096
-    size = blocks * 2 * 16 * 8 * 256
-    source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    plain = seconds(lambda: target.copy_(source))
-    at = Arrangement.paged(shape, blocks=blocks, heads_first=True)
-    ours = Arrangement.canonical(shape)
-    numbers = torch.randperm(blocks, device=DEVICE)
-    sides = Side([source], at.offsets(numbers), at), Side([target], ours.offsets(numbers), ours)
-    everything = torch.cuda.get_device_properties(DEVICE).multi_processor_count * 2
-    taken = seconds(lambda: move_blocks(shape, *sides, programs=everything))
-    return Row("relayout inside the device, HND to ours", plain / taken, 0.85)
-
-
-def codes_row(down: float) -> Row:
-    """Int4 codes made on the device and copied down, in bytes before encoding."""
-    values = 8192
-    pool = torch.randn(BATCH // (2 * values), values, device=DEVICE).to(torch.bfloat16)
-    numbers = torch.randperm(len(pool), device=DEVICE)
-    codec = Int4()
-    width = codec.encoded_bytes(values, pool.dtype)
-    host = torch.empty((len(pool), width), dtype=torch.uint8).pin_memory()
-    taken = seconds(lambda: host.copy_(codec.encode_pages(pool, numbers), non_blocking=True))
-    return Row("int4 encode and copy down, bytes before encoding", down / taken, 3)
-
-
-def register_row(gib: int) -> Row:
-    """Mapping, touching and registering the host arena."""
-    plan = LLAMA
-    tier = HostTier(plan, pages=gib * GIB // plan.warm_page_bytes, threads=8, cuda=True)
-    begun = time.monotonic()
-    tier.open()
-    taken = (time.monotonic() - begun) * 16 / gib
-    tier.close()
-    return Row("map, touch and register 16 GiB", taken, 1, False, "s", note=f"{gib} GiB")
-
-
-# ---- parts
-
-
-def staged(
-    plan: PagePlan, pages: int, frames: int, *, seeded: bool = True
-) -> tuple[torch.Tensor, torch.Tensor, Staging, CudaStreams | RecordingStreams]:
-    """An arena, a slab of hot pages, and a ring between them."""
-    shape = (frames * plan.hot_pages_per_block, plan.hot_page_bytes)
-    if seeded:
-        host = random_bytes(pages, plan.warm_page_bytes, seed=5).cpu()
-        pool = random_bytes(*shape, seed=6)
-    else:
-        host = torch.zeros(pages, plan.warm_page_bytes, dtype=torch.uint8)
-        pool = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
-    host = host if CPU else host.pin_memory()
-    streams = RecordingStreams() if CPU else CudaStreams(DEVICE)
-    return host, pool, Staging(streams, plan, host, pool), streams
-
-
-def moves_of(
-    plan: PagePlan, draw: random.Random, pages: int, frames: int, *, whole: bool = False
-) -> list[PageMove]:
-    """All blocks of all pages, or some of some, to frames drawn at random."""
-    free = draw.sample(range(frames), frames)
-    size = plan.warm_page_blocks
-    chosen = range(pages) if whole else draw.sample(range(pages), pages - 1)
-    moves = []
-    for page in chosen:
-        offsets = list(range(size)) if whole else sorted(draw.sample(range(size), -(-size // 2)))
-        moves.append(PageMove(page, offsets, [free.pop() for _ in offsets]))
-    return moves
-
-
-def wait_for(move: Callable[[list[PageMove]], Event], moves: list[PageMove]) -> None:
-    """Move, and wait until it is done."""
-    move(moves).synchronize()
-
-
-def random_bytes(rows: int, columns: int, *, seed: int) -> torch.Tensor:
-    """Uint8 on the device, the same for a seed on every device."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=draw).to(DEVICE)
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if not CPU:
-        torch.cuda.synchronize(DEVICE)
-
-
-def seconds(run: Callable[[], object], times: int = 15) -> float:
-    """Median seconds of a call, the device idle before and after."""
-    run()
-    taken = []
-    for _ in range(times):
-        synchronize()
-        begun = time.perf_counter()
-        run()
-        synchronize()
-        taken.append(time.perf_counter() - begun)
-    return sorted(taken)[times // 2]
 
 
 def markdown(date: str, rows: list[Row]) -> str:

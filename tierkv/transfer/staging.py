@@ -92,6 +92,41 @@ class Staging:
             self._released[number] = self._streams.record(Queue.RELAYOUT)
         return self._streams.record(Queue.RELAYOUT)
 
+    def load_layers(self, moves: Sequence[PageMove], *, after: Event | None = None) -> list[Event]:
+        """As `load`, layer after layer: event i is when all frames hold layer i.
+
+        Attention of a layer can begin while the next ones cross the link. A layer of a warm page is
+        one run; where it is smaller than 64 KiB the link is used badly, and `load` is better.
+        """
+        plan = self._plan
+        if after is not None:
+            self._streams.wait(Queue.RELAYOUT, after)
+        step = plan.warm_page_blocks * plan.block_layer_bytes
+        room = self._slots[0].numel() // step
+        groups = [moves[at : at + room] for at in range(0, len(moves), room)]
+        events = []
+        for layer in range(plan.layers):
+            part = slice(layer * step, (layer + 1) * step)
+            for group in groups:
+                number, slot = self._take(Queue.TO_DEVICE)
+                runs = slot.view(-1)[: room * step].view(room, step)
+                for index, move in enumerate(group):
+                    self._streams.copy(Queue.TO_DEVICE, runs[index], self._host[move.page, part])
+                self._streams.wait(Queue.RELAYOUT, self._streams.record(Queue.TO_DEVICE))
+                places = [
+                    index * step + offset * plan.block_layer_bytes
+                    for index, move in enumerate(group)
+                    for offset in move.offsets
+                ]
+                frames = self._in_slab(group)
+                self._move(
+                    self._side([slot.view(-1)], places),
+                    frames._replace(layers=frames.layers[layer : layer + 1]),
+                )
+                self._released[number] = self._streams.record(Queue.RELAYOUT)
+            events.append(self._streams.record(Queue.RELAYOUT))
+        return events
+
     def save(self, moves: Sequence[PageMove], *, after: Event | None = None) -> Event:
         """Bring blocks down; the event is when all of their places in host memory hold them.
 

@@ -1,0 +1,161 @@
+"""The speed table of tools/gpu_check.py: ratios to one plain copy of the same bytes."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from gpu_parts import BATCH, DEVICE, LLAMA, SMALL, moves_of, seconds, staged
+from measuring import Row
+
+from tierkv.codecs.grouped import Int4
+from tierkv.core.geometry import GIB
+from tierkv.kernels.relayout import Arrangement, BlockShape, Side, move_blocks
+from tierkv.tiers.host import HostTier
+from tierkv.transfer.staging import PageMove, Staging
+from tierkv.transfer.streams import Event
+
+
+def speed_rows(gib: int) -> Iterator[Row]:
+    """The table; every ratio is of a plain copy of the same bytes, in the same run."""
+    host = torch.empty(BATCH, dtype=torch.uint8).pin_memory()
+    slab = torch.empty(BATCH, dtype=torch.uint8, device=DEVICE)
+    up = seconds(lambda: slab.copy_(host, non_blocking=True))
+    down = seconds(lambda: host.copy_(slab, non_blocking=True))
+    yield Row("one pinned copy up, 64 MiB", BATCH / up / 1e9, None, unit="GB/s")
+    yield Row("one pinned copy down, 64 MiB", BATCH / down / 1e9, None, unit="GB/s")
+    for name, plan, reach in (("16 KiB pages", SMALL, 0.95), ("2 MiB warm pages", LLAMA, 0.97)):
+        pages = BATCH // plan.warm_page_bytes
+        frames = pages * plan.warm_page_blocks
+        _, _, staging, streams = staged(plan, pages, frames, seeded=False)
+        moves = moves_of(plan, random.Random(0), pages, frames, whole=True)
+        load = seconds(partial(wait_for, staging.load, moves))
+        save = seconds(partial(wait_for, staging.save, moves))
+        yield Row(f"up, {name} into hot pages", up / load, reach)
+        yield Row(f"down, {name} from hot pages", down / save, reach if plan is SMALL else None)
+        if plan is SMALL:
+            begun = time.perf_counter()
+            last = staging.load(moves)
+            submit_us = (time.perf_counter() - begun) * 1e6
+            last.synchronize()
+            yield Row("submit 4,096 pages", submit_us, 100, False, "us")
+        else:
+            yield gemm_row(staging, moves)
+            yield overlap_row(staging, moves, load)
+            del streams
+    yield duplex_row()
+    yield relayout_row()
+    yield codes_row(down)
+    yield register_row(gib)
+
+
+def gemm_row(staging: Staging, moves: list[PageMove]) -> Row:
+    """How much a loop of matrix products is slowed by loads beside it."""
+    left = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
+    right = torch.randn_like(left)
+
+    def products() -> None:
+        for _ in range(20):
+            torch.mm(left, right)
+
+    alone = seconds(products)
+
+    def beside() -> None:
+        for _ in range(8):
+            staging.load(moves)
+        products()
+
+    slowed = seconds(beside)
+    return Row("matrix products slowed by loads", (slowed / alone - 1) * 100, 3, False, "%")
+
+
+def overlap_row(staging: Staging, moves: list[PageMove], load: float) -> Row:
+    """Attention of 32 layers that waits for each layer's load: what the load adds to it."""
+    heads, new, past, dim = 32, 512, 8192, 128
+    query = torch.randn(1, heads, new, dim, dtype=torch.bfloat16, device=DEVICE)
+    key, value = (
+        torch.randn(1, heads, past, dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)
+    )
+
+    def attend(events: list[Event] | None) -> None:
+        for layer in range(LLAMA.layers):
+            if events is not None:
+                event = events[layer]
+                assert isinstance(event, torch.cuda.Event)
+                torch.cuda.current_stream().wait_event(event)
+            torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    alone = seconds(partial(attend, None))
+    together = seconds(lambda: attend(staging.load_layers(moves)))
+    exposed = max(0.0, together - alone) / load * 100
+    return Row("layerwise load beside attention, exposed part", exposed, 10, False, "%")
+
+
+def duplex_row() -> Row:
+    """Loads and saves at once, against plain copies both ways at once."""
+    pages = BATCH // SMALL.warm_page_bytes
+    frames = pages * SMALL.warm_page_blocks
+    (_, _, up, _), (_, _, down, _) = (staged(SMALL, pages, frames, seeded=False) for _ in range(2))
+    moves = moves_of(SMALL, random.Random(0), pages, frames, whole=True)
+    hosts = [torch.empty(BATCH, dtype=torch.uint8).pin_memory() for _ in range(2)]
+    slabs = [torch.empty(BATCH, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    streams = [torch.cuda.Stream(DEVICE) for _ in range(2)]
+
+    def plain() -> None:
+        with torch.cuda.stream(streams[0]):
+            slabs[0].copy_(hosts[0], non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            hosts[1].copy_(slabs[1], non_blocking=True)
+
+    def ours() -> None:
+        loaded, saved = up.load(moves), down.save(moves)
+        loaded.synchronize()
+        saved.synchronize()
+
+    return Row("both directions at once, 16 KiB pages", seconds(plain) / seconds(ours), 0.9)
+
+
+def relayout_row() -> Row:
+    """HND to ours inside the device, bytes read and written, against a device copy."""
+    shape, blocks = BlockShape(2, 16, 8, 256), 4096
+    size = blocks * 2 * 16 * 8 * 256
+    source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    plain = seconds(lambda: target.copy_(source))
+    at = Arrangement.paged(shape, blocks=blocks, heads_first=True)
+    ours = Arrangement.canonical(shape)
+    numbers = torch.randperm(blocks, device=DEVICE)
+    sides = Side([source], at.offsets(numbers), at), Side([target], ours.offsets(numbers), ours)
+    everything = torch.cuda.get_device_properties(DEVICE).multi_processor_count * 2
+    taken = seconds(lambda: move_blocks(shape, *sides, programs=everything))
+    return Row("relayout inside the device, HND to ours", plain / taken, 0.85)
+
+
+def codes_row(down: float) -> Row:
+    """Int4 codes made on the device and copied down, in bytes before encoding."""
+    values = 8192
+    pool = torch.randn(BATCH // (2 * values), values, device=DEVICE).to(torch.bfloat16)
+    numbers = torch.randperm(len(pool), device=DEVICE)
+    codec = Int4()
+    width = codec.encoded_bytes(values, pool.dtype)
+    host = torch.empty((len(pool), width), dtype=torch.uint8).pin_memory()
+    taken = seconds(lambda: host.copy_(codec.encode_pages(pool, numbers), non_blocking=True))
+    return Row("int4 encode and copy down, bytes before encoding", down / taken, 3)
+
+
+def register_row(gib: int) -> Row:
+    """Mapping, touching and registering the host arena."""
+    plan = LLAMA
+    tier = HostTier(plan, pages=gib * GIB // plan.warm_page_bytes, threads=8, cuda=True)
+    begun = time.monotonic()
+    tier.open()
+    taken = (time.monotonic() - begun) * 16 / gib
+    tier.close()
+    return Row("map, touch and register 16 GiB", taken, 1, False, "s", note=f"{gib} GiB")
+
+
+def wait_for(move: Callable[[list[PageMove]], Event], moves: list[PageMove]) -> None:
+    """Move, and wait until it is done."""
+    move(moves).synchronize()
