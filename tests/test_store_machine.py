@@ -213,3 +213,14 @@ TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(
     max_examples=max(1, RULES // STEPS), stateful_step_count=STEPS, deadline=None
 )
+
+
+def test_a_read_waits_for_room_rather_than_lose_its_own_tail() -> None:
+    """Found by the machine: host and cold tier of two pages each, all of them in use."""
+    for _ in range(10):
+        machine = StoreMachine()
+        machine.begin(host=2, cold=4, device=0, seed=0, faulty=False)
+        for prompt in ([0, 1, 0], [1, 0, 0, 0], [0, 0, 0]):
+            machine.put(prompt=prompt, namespace="default", first=0)
+        machine.get(prompt=[0, 0], namespace="default")
+        machine.teardown()

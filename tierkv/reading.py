@@ -98,8 +98,11 @@ class Reader:
 
     def lease(self, match: Match, first_block: int) -> Lease:
         """See `Store.lease`."""
-        held = self._acquire(match, first_block, match.blocks - first_block, whole=True)
-        self._runtime.wait(held.waits, time.monotonic() + self._demand_s)
+        deadline = time.monotonic() + self._demand_s
+        held = self._acquire_soon(
+            match, first_block, match.blocks - first_block, deadline, whole=True
+        )
+        self._runtime.wait(held.waits, deadline)
         with self._runtime.lock:
             parts = self._runtime.planner.located(held.lease)
         return Lease(self, held, parts)
@@ -123,11 +126,13 @@ class Reader:
             parts = None if grant.waits else runtime.planner.located(grant.lease)
         return Held(grant.lease, grant.count, grant.waits, parts)
 
-    def _acquire_soon(self, match: Match, first: int, count: int, deadline: float) -> Held:
+    def _acquire_soon(
+        self, match: Match, first: int, count: int, deadline: float, *, whole: bool = False
+    ) -> Held:
         """As `_acquire`, waiting for transfers that may make room, until the deadline."""
         while True:
             ended = self._runtime.engine.ended
-            held = self._acquire(match, first, count)
+            held = self._acquire(match, first, count, whole=whole)
             if held.count or not count or not self._runtime.wait_for_room(ended, deadline):
                 return held
             self.release(held)

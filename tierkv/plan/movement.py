@@ -142,10 +142,10 @@ class Movement(Room):
         owner = self.tables[TierId.COLD].pool.owner
         for namespace, run in groupby(pages, owner.__getitem__):
             group = list(run)
-            taken = self.whole_pages(
-                TierId.HOST, len(group), namespace, now_ns, out,
-                over_hints=urgency is Urgency.DEMAND,
-            )  # fmt: skip
+            taken = self.whole_pages(TierId.HOST, len(group), namespace, now_ns, out)
+            # Only a read, and only if no transfer is going to make room, overrides a hint.
+            if not taken and urgency is Urgency.DEMAND and self.held and not self.flights:
+                taken = self.whole_pages(TierId.HOST, 1, namespace, now_ns, out, over_hints=True)
             yield from zip(group, taken, strict=False)
             if len(taken) < len(group):
                 return

@@ -276,8 +276,9 @@ class Planner:
             if len(started) < len(wish.cold_pages):
                 movement.cancel_prefetches(out)
         count = self._pin_arriving(wish)
-        if not count and len(wish.sources) > 1:
-            # What lies behind the first block may hold the memory that it needs: ask for less.
+        if not count and len(wish.sources) > 1 and not movement.flights:
+            # What lies behind the first block holds the memory that it needs: ask for less. While
+            # a transfer is under way it may make room instead, and the reader asks again.
             for tier, page in wish.record.pins:
                 movement.unpin(tier, page)
             self._grant_mixed(blocks[: len(wish.sources) // 2], namespace, now_ns, out)

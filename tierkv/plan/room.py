@@ -69,7 +69,7 @@ class Room(ABC):
     ) -> list[int]:
         """Take and pin up to `count` whole pages, evicting where needed.
 
-        `over_hints`: where there is no other room, take what a PIN hint keeps.
+        `over_hints`: take what a PIN hint keeps, too.
         """
         table = self.tables[tier]
         pool, pins = table.pool, table.pins
@@ -77,11 +77,8 @@ class Room(ABC):
         while len(taken) < count:
             left = count - len(taken)
             if pool.free_pages < left or self._quota_left(tier, namespace) < 1:
-                self._evict(tier, left, namespace, now_ns, out)
+                self._evict(tier, left, namespace, now_ns, out, over_hints=over_hints)
             pages = pool.take_pages(min(left, self._quota_left(tier, namespace)), namespace)
-            if not pages and over_hints and self.held and not taken:
-                self._evict(tier, 1, namespace, now_ns, out, over_hints=True)
-                pages = pool.take_pages(min(1, self._quota_left(tier, namespace)), namespace)
             if not pages:
                 break
             for page in pages:
@@ -126,9 +123,8 @@ class Room(ABC):
                 return False
             return over_hints or self.held.isdisjoint(table.blocks_in(page))
 
-        if (
-            wanted > 0 and not over_hints
-        ):  # a few more at once: most of the cost is per pass, not per page
+        # A few more at once, as most of the cost is per pass; but no more than needed over a hint.
+        if wanted > 0 and not over_hints:
             wanted = max(wanted, min(_EVICT_PAGES_MAX, pool.pages // _EVICT_SHARE))
         simple = not (own_only or self.held)
         idle: Callable[[int], bool] = (lambda page: not pins[page]) if simple else is_evictable
