@@ -284,6 +284,25 @@ def test_a_block_on_its_way_from_device_to_host_is_waited_for() -> None:
     assert all(len(world.read(grant)) == grant.count for grant in grants)
 
 
+def test_a_prefetch_that_was_called_off_is_no_hit_and_not_called_off_again() -> None:
+    world = World(spec_of(host=2, cold=6))
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        world.put(tokens)
+        world.land_all()
+    keys = list(CHAINS["default"].of_tokens([1, 2]))
+    world.handle(ev.Hint(ev.HintKind.PREFETCH, keys))
+    held = world.acquire([5, 6])
+    for _ in range(2):
+        world.put([7, 8, 9, 10, 11, 12])
+
+    assert len(world.cancelled) == 1
+    assert world.acquire([1, 2]).count == 0, "it will not arrive"
+    world.land_all()
+    world.handle(ev.Release(held.lease))
+    assert world.get([1, 2]) == 2
+    world.planner.check()
+
+
 def test_a_partly_filled_page_is_rewritten_whole_and_its_old_copy_freed() -> None:
     world = World(spec_of(host=2, cold=4, page_blocks=4))
     world.put([1, 2])

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from tierkv.core.geometry import KVGeometry, PagePlan, PageTargets  # noqa: E402
@@ -68,13 +68,16 @@ def moves_of(seed: int, pages: int) -> list[PageMove]:
     return moves
 
 
-@settings(max_examples=60)
-@given(
+#: What is moved, through how many slots of how many pages, and an order of carrying it out.
+drawn = given(
     seed=st.integers(0, 2**16),
     pages=st.integers(1, PAGES),
     ring=st.tuples(st.integers(1, 4), st.integers(1, 3)),
     order=st.integers(0, 2**16),
 )
+
+
+@drawn
 def test_blocks_come_up_whole_in_any_order(
     seed: int, pages: int, ring: tuple[int, int], order: int
 ) -> None:
@@ -95,13 +98,7 @@ def test_blocks_come_up_whole_in_any_order(
     assert all(world.frame(n) == before[n] for n in set(range(FRAMES)) - written)
 
 
-@settings(max_examples=60)
-@given(
-    seed=st.integers(0, 2**16),
-    pages=st.integers(1, PAGES),
-    ring=st.tuples(st.integers(1, 4), st.integers(1, 3)),
-    order=st.integers(0, 2**16),
-)
+@drawn
 def test_blocks_go_down_after_they_were_computed_and_leave_their_neighbours_alone(
     seed: int, pages: int, ring: tuple[int, int], order: int
 ) -> None:
@@ -113,7 +110,7 @@ def test_blocks_go_down_after_they_were_computed_and_leave_their_neighbours_alon
     world.streams.queue(
         "attention", "compute", [access(world.slab, writes=True)], lambda: world.slab.copy_(fresh)
     )
-    world.staging.save(moves, after=world.streams.record("compute"))
+    world.staging.save(moves, after=[world.streams.record("compute")])
 
     assert world.streams.races() == []
     world.streams.run(order)
@@ -125,13 +122,7 @@ def test_blocks_go_down_after_they_were_computed_and_leave_their_neighbours_alon
     assert all(world.host_block(*block) == data for block, data in before.items())
 
 
-@settings(max_examples=40)
-@given(
-    seed=st.integers(0, 2**16),
-    pages=st.integers(1, PAGES),
-    ring=st.tuples(st.integers(1, 4), st.integers(1, 3)),
-    order=st.integers(0, 2**16),
-)
+@drawn
 def test_a_layer_is_there_at_its_event_and_the_next_ones_need_not_be(
     seed: int, pages: int, ring: tuple[int, int], order: int
 ) -> None:
@@ -161,15 +152,15 @@ def busy_world(skip: frozenset[int] = frozenset()) -> World:
     world = World(1, slots=2, skip=skip)
     slab = access(world.slab, writes=True)
     world.streams.queue("attention", "compute", [slab], lambda: world.slab.add_(1))
-    world.staging.save(moves_of(2, 4), after=world.streams.record("compute"))
+    world.staging.save(moves_of(2, 4), after=[world.streams.record("compute")])
     saved = world.streams.record("to host")
     world.streams.wait("to device", saved)  # pages are read only when they were written
     read = [access(world.slab, writes=False)]
     world.streams.queue("attention", "compute", read, lambda: None)
-    loaded = world.staging.load(moves_of(3, 5), after=world.streams.computed())
+    loaded = world.staging.load(moves_of(3, 5), after=[world.streams.record("compute")])
     world.streams.wait("compute", loaded)
     world.streams.queue("attention", "compute", [slab], lambda: world.slab.add_(1))
-    world.staging.save(moves_of(4, 3), after=world.streams.record("compute"))
+    world.staging.save(moves_of(4, 3), after=[world.streams.record("compute")])
     return world
 
 

@@ -224,3 +224,15 @@ def test_a_read_waits_for_room_rather_than_lose_its_own_tail() -> None:
             machine.put(prompt=prompt, namespace="default", first=0)
         machine.get(prompt=[0, 0], namespace="default")
         machine.teardown()
+
+
+def test_a_read_does_not_call_off_the_prefetch_that_it_waits_for() -> None:
+    """Found by the machine, as above with more disk."""
+    for _ in range(10):
+        machine = StoreMachine()
+        machine.begin(host=2, cold=12, device=0, seed=0, faulty=False)
+        for prompt in ([0, 1, 0], [1, 0, 0, 0], [0, 0, 0]):
+            machine.put(prompt=prompt, namespace="default", first=0)
+        machine.hint(kind=HintKind.PREFETCH, prompt=[0], namespace="default")
+        machine.get(prompt=[0, 0], namespace="default")
+        machine.teardown()

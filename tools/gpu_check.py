@@ -195,13 +195,14 @@ def ring() -> str:
         draw = random.Random(1)
         moves = moves_of(plan, draw, pages, frames)
         host_before, pool_before = host.clone(), pool.clone()
-        staging.save(moves, after=streams.computed()).synchronize()
+        synchronize()
+        staging.save(moves).synchronize()
         pool.zero_()
         synchronize()
         if plan is LLAMA:
-            staging.load_layers(moves, after=streams.computed())[-1].synchronize()
+            staging.load_layers(moves)[-1].synchronize()
         else:
-            staging.load(moves, after=streams.computed()).synchronize()
+            staging.load(moves).synchronize()
         step = plan.block_bytes
         flat, kept = pool.view(-1).cpu(), pool_before.view(-1).cpu()
         moved = {frame for move in moves for frame in move.frames}
@@ -217,18 +218,29 @@ def ring() -> str:
 
 
 def device_tier() -> str:
-    """The device tier itself holds what was put."""
+    """The device tier holds what was put, also where writer and reader have own streams."""
     tier = DeviceTier(SMALL, frames=64, device=DEVICE.type)
     tier.open()
-    data = random_bytes(SMALL.layers, 10 * SMALL.block_layer_bytes, seed=4).cpu().numpy()
-    data = data.reshape(SMALL.layers, 10, SMALL.block_layer_bytes)
-    spans = [Span(n, page, 0, 1) for n, page in enumerate(random.Random(2).sample(range(64), 10))]
-    tier.write(spans, data)
-    out = torch.zeros(data.shape, dtype=torch.uint8)
-    tier.read(spans, out)
-    assert torch.equal(out, torch.from_numpy(data))
+    draw = random.Random(2)
+    shape = (SMALL.layers, 10, SMALL.block_layer_bytes)
+    for turn in range(20):
+        data = random_bytes(SMALL.layers, 10 * SMALL.block_layer_bytes, seed=turn).view(shape)
+        spans = [Span(n, page, 0, 1) for n, page in enumerate(draw.sample(range(64), 10))]
+        if CPU:
+            tier.write(spans, data)
+        else:
+            synchronize()
+            with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+                busy = torch.randn(4096, 4096, device=DEVICE)
+                for _ in range(5):
+                    busy = busy @ busy  # the write is queued behind this, and the read must wait
+                tier.write(spans, data)
+        out = torch.zeros(shape, dtype=torch.uint8)
+        tier.read(spans, out)
+        assert torch.equal(out, data.cpu()), f"turn {turn}"
+    synchronize()
     tier.close()
-    return "10 blocks"
+    return "20 turns of 10 blocks"
 
 
 CHECKS: tuple[Check, ...] = (copies, codes, relayouts, ring, device_tier)

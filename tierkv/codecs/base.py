@@ -1,8 +1,8 @@
 """What a codec promises.
 
-A codec changes the form in which K and V rest and travel. It works on **rows**: each row, one
-token's values of one head or of all of them, is encoded alone, so that any row can be moved,
-dropped or read without the others. Codes are bytes and a pure function of the row.
+A codec changes the form in which K and V rest and travel. It works on **rows**: whatever is moved
+as one, a hot page or a token's values. Each is encoded alone, so that any row can be moved, dropped
+or read without the others. Codes are bytes and a pure function of the row.
 
 A codec may lose precision, and says how much: no value that it gives back is further from the one
 it was given than `error_bound`. What it cannot keep that promise for, it refuses.
@@ -31,7 +31,7 @@ class Codec(Protocol):
     def encode(self, rows: Tensor) -> Tensor:
         """Encode `rows` (n, elements), any float dtype and strides, to uint8 (n, encoded_bytes).
 
-        Raises ValueError for values that are not finite.
+        Raises ValueError for values that are not finite, unless the codec keeps them.
         """
         ...
 

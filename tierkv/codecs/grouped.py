@@ -10,6 +10,7 @@ The torch reference of the fused kernels in `kernels/triton_pages.py`: they give
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from tierkv.kernels.pages import has_kernels
@@ -17,15 +18,15 @@ from tierkv.kernels.pages import has_kernels
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-#: Values that share a scale: the smallest head size in use, so that no group spans two heads.
+#: Values that share a scale: with heads of 64, 128 or 256 values no group spans two of them.
 GROUP = 64
 _SCALE_BYTES = 4
 #: The least scale: below it float32 has no full precision, and such values are noise.
 _SCALE_MIN = 2.0**-126
 
 
-class _Grouped:
-    """What both widths share."""
+class Grouped(ABC):
+    """What both widths share; a width packs its codes."""
 
     name: str
     code_bits: int
@@ -79,7 +80,7 @@ class _Grouped:
 
     def decode_pages(self, codes: Tensor, pool: Tensor, numbers: Tensor) -> None:
         """The inverse of `encode_pages`; changes `pool`."""
-        if not has_kernels(pool):
+        if not has_kernels(pool, codes):
             pool[numbers] = self.decode(codes, pool.shape[1], pool.dtype)
             return
         from tierkv.kernels.triton_pages import launch_decode
@@ -111,14 +112,16 @@ class _Grouped:
             )
         return elements * self.code_bits // 8
 
+    @abstractmethod
     def _pack(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Int8 (n, values) to the bytes of their codes, uint8."""
 
+    @abstractmethod
     def _unpack(self, packed: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The inverse."""
 
 
-class Int8(_Grouped):
+class Int8(Grouped):
     """A byte a value: 1.06 bytes with its share of the scale."""
 
     name = "int8"
@@ -135,7 +138,7 @@ class Int8(_Grouped):
         return packed.contiguous().view(torch.int8)
 
 
-class Int4(_Grouped):
+class Int4(Grouped):
     """Half a byte a value: 0.56 bytes with its share of the scale."""
 
     name = "int4"

@@ -20,7 +20,7 @@ _VECTOR_BYTES: Final = 16
 
 def gather_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
     """rows[i] = pool[numbers[i]], on the current stream."""
-    if has_kernels(pool):
+    if has_kernels(pool, rows):
         from tierkv.kernels.triton_pages import launch_copy
 
         launch_copy(pool, numbers, rows, gather=True)
@@ -32,7 +32,7 @@ def gather_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
 
 def scatter_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
     """pool[numbers[i]] = rows[i], on the current stream; changes `pool`."""
-    if has_kernels(pool):
+    if has_kernels(pool, rows):
         from tierkv.kernels.triton_pages import launch_copy
 
         launch_copy(pool, numbers, rows, gather=False)
@@ -40,8 +40,9 @@ def scatter_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
     pool.index_copy_(0, numbers, rows)
 
 
-def has_kernels(pool: Tensor) -> bool:
-    """Whether the kernels serve this pool: CUDA memory, pages of whole vectors, Triton there."""
+def has_kernels(pool: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels serve this memory: on CUDA, contiguous, pages of whole vectors."""
     if not pool.is_cuda or pool.shape[1] * pool.element_size() % _VECTOR_BYTES:
         return False
-    return find_spec("triton") is not None
+    contiguous = all(memory.is_contiguous() for memory in (pool, *others))
+    return contiguous and find_spec("triton") is not None

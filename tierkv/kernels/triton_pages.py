@@ -176,38 +176,36 @@ def launch_copy(
 
 
 def launch_encode(
-    pool: Tensor,
-    numbers: Tensor,
-    codes: Tensor,
-    *,
-    group: int,
-    bits: int,
-    programs: int = PROGRAMS,
+    pool: Tensor, numbers: Tensor, codes: Tensor, *, group: int, bits: int, programs: int = PROGRAMS
 ) -> None:
     """`encode_pages` from float (pages, values) to uint8 (n, encoded_bytes), contiguous."""
-    import torch
-
-    _compiled(encode_pages)[(programs,)](
-        pool, numbers, codes, codes.view(torch.float32), len(numbers),
-        PAGE_VALUES=pool.shape[1], GROUP=group, BITS=bits, CHUNK=CHUNK_VALUES, PROGRAMS=programs,
-        num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    _launch_codes(encode_pages, (), pool, numbers, codes, group, bits, programs)
 
 
 def launch_decode(
-    pool: Tensor,
-    numbers: Tensor,
-    codes: Tensor,
-    *,
-    group: int,
-    bits: int,
-    programs: int = PROGRAMS,
+    pool: Tensor, numbers: Tensor, codes: Tensor, *, group: int, bits: int, programs: int = PROGRAMS
 ) -> None:
     """`decode_pages` from uint8 (n, encoded_bytes), contiguous, to float (pages, values)."""
     import torch
 
-    _compiled(decode_pages)[(programs,)](
-        pool, numbers, codes, codes.view(torch.float32), len(numbers), torch.finfo(pool.dtype).max,
+    limit = torch.finfo(pool.dtype).max
+    _launch_codes(decode_pages, (limit,), pool, numbers, codes, group, bits, programs)
+
+
+def _launch_codes(
+    kernel: Callable[..., None],
+    more: tuple[float, ...],
+    pool: Tensor,
+    numbers: Tensor,
+    codes: Tensor,
+    group: int,
+    bits: int,
+    programs: int,
+) -> None:
+    import torch
+
+    _compiled(kernel)[(programs,)](
+        pool, numbers, codes, codes.view(torch.float32), len(numbers), *more,
         PAGE_VALUES=pool.shape[1], GROUP=group, BITS=bits, CHUNK=CHUNK_VALUES, PROGRAMS=programs,
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

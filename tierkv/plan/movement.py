@@ -37,6 +37,7 @@ class Flight:
     drop: bool
     arriving: list[list[int]]
     relocating: list[list[int]] = field(default_factory=list)
+    cancelled: bool = False
 
 
 class Movement(Room):
@@ -264,11 +265,10 @@ class Movement(Room):
 
     def cancel_prefetches(self, out: Out) -> None:
         """Room is wanted by somebody who waits: call off what nobody waits for."""
-        out.extend(
-            Cancel(number)
-            for number, flight in self.flights.items()
-            if flight.urgency is Urgency.PREFETCH
-        )
+        for number, flight in self.flights.items():
+            if flight.urgency is Urgency.PREFETCH and not flight.cancelled:
+                flight.cancelled = True
+                out.append(Cancel(number))
 
     def write_backs(self) -> list[int]:
         """Transfers to the cold tier that have not ended."""

@@ -269,10 +269,14 @@ class Planner:
         """Some of the wish must be brought to memory: start that, and grant what will be there."""
         wish = self._wish(blocks, namespace)
         movement, waits = self.movement, wish.waits
+        for number in waits:  # before anything below calls off what nobody waits for
+            if movement.flights[number].urgency is not Urgency.DEMAND:
+                movement.flights[number].urgency = Urgency.DEMAND
+                out.append(ev.Raise(number, Urgency.DEMAND))
         if wish.cold_pages:
-            number, started = movement.promote(wish.cold_pages, Urgency.DEMAND, now_ns, out)
-            if number is not None:
-                waits[number] = None
+            flight, started = movement.promote(wish.cold_pages, Urgency.DEMAND, now_ns, out)
+            if flight is not None:
+                waits[flight] = None
             if len(started) < len(wish.cold_pages):
                 movement.cancel_prefetches(out)
         count = self._pin_arriving(wish)
@@ -285,10 +289,6 @@ class Planner:
             return
         for tier, blocks_of in Counter(wish.sources[:count]).items():
             self._hits(tier, blocks_of)
-        for number in waits:
-            if movement.flights[number].urgency is not Urgency.DEMAND:
-                movement.flights[number].urgency = Urgency.DEMAND
-                out.append(ev.Raise(number, Urgency.DEMAND))
         self._settle(wish.record, list(waits), count, now_ns, out)
 
     def _wish(self, blocks: list[int], namespace: str) -> _Wish:
@@ -303,7 +303,7 @@ class Planner:
             elif host.place[block] >= 0:
                 flight = self._arrival(host.place[block] // size)
                 if flight is None:
-                    break  # a put is still writing it: not a hit
+                    break  # a put is still writing it, or its prefetch was called off: not a hit
                 tier = TierId.COLD
                 wish.waits[flight] = None
                 self._pin(wish.record, TierId.HOST, host.place[block] // size)
@@ -334,11 +334,11 @@ class Planner:
         record.pins.append((tier, page))
 
     def _arrival(self, page: int) -> int | None:
-        """The transfer that brings this host page, if one does."""
+        """The transfer that brings this host page, if one does and was not called off."""
         size = self._host.page_blocks
         for number, flight in self.movement.flights.items():
             transfer = flight.transfer
-            if transfer.target is TierId.HOST:
+            if transfer.target is TierId.HOST and not flight.cancelled:
                 places = 1 if transfer.source is TierId.COLD else size  # pages or single blocks
                 if any(move.target // places == page for move in transfer.moves):
                     return number

@@ -107,10 +107,6 @@ class RecordingStreams:
         self._marks += 1
         return Mark(self, self._last.get(queue), self._marks)
 
-    def computed(self) -> Event:
-        """See `Streams.computed`; the engine's queue is called "compute"."""
-        return self.record("compute")
-
     def wait(self, queue: str, event: Event) -> None:
         """See `Streams.wait`."""
         assert isinstance(event, Mark)

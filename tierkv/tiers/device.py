@@ -8,7 +8,9 @@ pages are slices of its canonical bytes, in order. Any thread, on disjoint frame
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +22,7 @@ from tierkv.core.tier import Span
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.cuda import Event
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -31,6 +34,9 @@ class DeviceTier:
         self.plan = plan
         self.frames = frames
         self._wanted = device
+        # CUDA: the last use of the slab on each stream, and whose turn it is to add to them.
+        self._marks: dict[int, Event] = {}
+        self._turn = threading.Lock()
 
     def open(self) -> None:
         """Allocate the slab. Raises TierFailed where the device is absent or too small."""
@@ -54,6 +60,8 @@ class DeviceTier:
                 f"device tier: cannot take {shape[0] * shape[1]} bytes of {wanted} ({error}); "
                 "lower tiers.device.capacity or change tiers.device.device"
             ) from error
+        if self.pool.is_cuda:
+            torch.cuda.synchronize(self.device)  # other streams may use the slab from here on
 
     def write(self, spans: Sequence[Span], data: Bytes | Tensor) -> None:
         """Scatter blocks in: `data` uint8 (layers, blocks, block_layer_bytes), any strides."""
@@ -71,7 +79,8 @@ class DeviceTier:
         chosen = (data[:, low:high] if is_run else data[:, indices]).permute(1, 0, 2)
         chosen = chosen.to(self.device)
         rows = chosen.reshape(-1, self.plan.hot_page_bytes)
-        scatter_pages(self.pool, self._numbers(frames), rows)
+        with self._in_order():
+            scatter_pages(self.pool, self._numbers(frames), rows)
 
     def read(self, spans: Sequence[Span], out: Bytes | Tensor) -> None:
         """Gather blocks out into `out` uint8 (layers, blocks, block_layer_bytes), any strides."""
@@ -88,7 +97,8 @@ class DeviceTier:
         numbers = self._numbers(frames)
         shape = (len(numbers), self.plan.hot_page_bytes)
         rows = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        gather_pages(self.pool, numbers, rows)
+        with self._in_order():
+            gather_pages(self.pool, numbers, rows)
         blocks = rows.reshape(len(frames), self.plan.layers, self.plan.block_layer_bytes)
         target = torch.from_numpy(out) if isinstance(out, np.ndarray) else out
         low, high = indices[0], indices[-1] + 1
@@ -96,6 +106,31 @@ class DeviceTier:
             target[:, low:high].copy_(blocks.permute(1, 0, 2))
         else:
             target[:, indices] = blocks.permute(1, 0, 2).to(target.device)
+
+    def marks(self) -> list[Event]:
+        """CUDA events of the last use on each stream; what touches the slab next waits for them."""
+        with self._turn:
+            return list(self._marks.values())
+
+    @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """Queue after what other streams did to the slab, and have others queue after this.
+
+        Blocks are published when their write is queued, and callers have streams of their own.
+        """
+        if not self.pool.is_cuda:
+            yield
+            return
+        import torch
+
+        with self._turn:
+            stream = torch.cuda.current_stream(self.device)
+            for event in self._marks.values():
+                stream.wait_event(event)
+            try:
+                yield
+            finally:
+                self._marks[stream.cuda_stream] = stream.record_event()
 
     def close(self) -> None:
         """Free the slab."""

@@ -90,7 +90,7 @@ class TransferEngine:
         self.ended = 0
         self.links: dict[Link, LinkEstimate] = {}
         self.stats = Stats()
-        self._staging: tuple[CudaStreams, Staging] | None = None
+        self._staging: Staging | None = None
         self._lanes: dict[str, Lane] = {}
         lanes: dict[str, tuple[int, int]] = {}  # threads, most bytes in flight
         if cold is not None:
@@ -293,12 +293,12 @@ class TransferEngine:
         if self._staging is None:
             host = torch.from_numpy(self._host.pages)
             streams = CudaStreams(self._device.device)
-            self._staging = streams, Staging(streams, self._plan, host, self._device.pool)
-        streams, staging = self._staging
+            self._staging = Staging(streams, self._plan, host, self._device.pool)
+        staging = self._staging
         is_down = transfer.source is TierId.DEVICE
         moves = page_moves(places, self._plan.warm_page_blocks, host_first=not is_down)
         work = staging.save if is_down else staging.load
-        work(moves, after=streams.computed()).synchronize()
+        work(moves, after=self._device.marks()).synchronize()
 
 
 def _staggered(pieces: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -13,7 +13,7 @@ Going down, the kernel writes the slot and the copies read it, and both wait the
 only the blocks that were asked for are copied, to their own places.
 
 Invariants: a slot is written only after its last reader, and read only after its writer. Frames
-are touched only after `after`, the event of who computed them or read them last. What is in host
+are touched only after `after`, the events of who computed them or read them last. What is in host
 memory may be touched by the host only after the event that a call gives. Single owner (the lane).
 """
 
@@ -76,13 +76,13 @@ class Staging:
         self._shape = BlockShape(1, 1, 1, plan.block_layer_bytes)
         self._lies = Arrangement.canonical(self._shape)
 
-    def load(self, moves: Sequence[PageMove], *, after: Event | None = None) -> Event:
+    def load(self, moves: Sequence[PageMove], *, after: Sequence[Event] = ()) -> Event:
         """Bring blocks up; the event is when all of their frames hold them.
 
         `after`: who read or wrote those frames before. Without it they must be done with them.
         """
-        if after is not None:
-            self._streams.wait(Queue.RELAYOUT, after)
+        for event in after:
+            self._streams.wait(Queue.RELAYOUT, event)
         for group in self._groups(moves):
             number, slot = self._take(Queue.TO_DEVICE)
             for index, move in enumerate(group):
@@ -92,15 +92,15 @@ class Staging:
             self._released[number] = self._streams.record(Queue.RELAYOUT)
         return self._streams.record(Queue.RELAYOUT)
 
-    def load_layers(self, moves: Sequence[PageMove], *, after: Event | None = None) -> list[Event]:
+    def load_layers(self, moves: Sequence[PageMove], *, after: Sequence[Event] = ()) -> list[Event]:
         """As `load`, layer after layer: event i is when all frames hold layer i.
 
         Attention of a layer can begin while the next ones cross the link. A layer of a warm page is
         one run; where it is smaller than 64 KiB the link is used badly, and `load` is better.
         """
         plan = self._plan
-        if after is not None:
-            self._streams.wait(Queue.RELAYOUT, after)
+        for event in after:
+            self._streams.wait(Queue.RELAYOUT, event)
         step = plan.warm_page_blocks * plan.block_layer_bytes
         room = self._slots[0].numel() // step
         groups = [moves[at : at + room] for at in range(0, len(moves), room)]
@@ -127,13 +127,13 @@ class Staging:
             events.append(self._streams.record(Queue.RELAYOUT))
         return events
 
-    def save(self, moves: Sequence[PageMove], *, after: Event | None = None) -> Event:
+    def save(self, moves: Sequence[PageMove], *, after: Sequence[Event] = ()) -> Event:
         """Bring blocks down; the event is when all of their places in host memory hold them.
 
         `after`: what computed them. Without it they must have been complete before the call.
         """
-        if after is not None:
-            self._streams.wait(Queue.RELAYOUT, after)
+        for event in after:
+            self._streams.wait(Queue.RELAYOUT, event)
         for group in self._groups(moves):
             number, slot = self._take(Queue.RELAYOUT)
             self._move(self._in_slab(group), self._in_slot(slot, group))

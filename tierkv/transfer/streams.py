@@ -51,10 +51,6 @@ class Streams(Protocol):
         """Mark what is queued so far."""
         ...
 
-    def computed(self) -> Event:
-        """Mark what others have queued on the device's default stream so far."""
-        ...
-
     def wait(self, queue: Queue, event: Event) -> None:
         """What is queued from here on runs after the event."""
         ...
@@ -66,7 +62,6 @@ class CudaStreams:
     def __init__(self, device: device) -> None:
         import torch
 
-        self._device = device
         self._streams: dict[Queue, cuda.Stream] = {
             queue: torch.cuda.Stream(device, priority=-1 if queue is Queue.RELAYOUT else 0)
             for queue in Queue
@@ -92,14 +87,6 @@ class CudaStreams:
 
         event = torch.cuda.Event()
         event.record(self._streams[queue])
-        return event
-
-    def computed(self) -> Event:
-        """Torch's default stream: where pages are written and read by whoever fills them."""
-        import torch
-
-        event = torch.cuda.Event()
-        event.record(torch.cuda.default_stream(self._device))
         return event
 
     def wait(self, queue: Queue, event: Event) -> None:
