@@ -194,7 +194,7 @@ def test_an_error_names_the_file(real: FileEngine, tmp_path: Path) -> None:
 
 
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert set(probe_engines(tmp_path / "root")) == {"direct", "portable"}
+    assert set(probe_engines(tmp_path / "root")) == {"direct", "portable", "gds"}
     assert list((tmp_path / "root").iterdir()) == []
 
 

@@ -21,6 +21,7 @@ FILE_ENGINES = Registry(
     {
         "direct": "tierkv.tiers.files.direct:DirectFiles",
         "portable": "tierkv.tiers.files.portable:PortableFiles",
+        "gds": "tierkv.tiers.files.gds:GdsFiles",
     },
 )
 
@@ -38,6 +39,8 @@ def choose_engine(root: Path, wanted: str = "auto") -> FileEngine:
     reasons: list[str] = []
     for name in FILE_ENGINES if wanted == "auto" else (wanted,):
         engine = _engine(name)
+        if wanted == "auto" and not is_for_auto(engine):
+            continue
         reason = engine.probe(root)
         if reason is None:
             logger.info("file engine chosen engine=%s root=%s", name, root)
@@ -46,6 +49,11 @@ def choose_engine(root: Path, wanted: str = "auto") -> FileEngine:
         reasons.append(f"{name}: {reason}")
     cure = "choose another directory" if wanted == "auto" else "try cold.engine: auto"
     raise TierFailed(f"no file engine works beneath {root} ({'; '.join(reasons)}); {cure}")
+
+
+def is_for_auto(engine: type[FileEngine]) -> bool:
+    """Whether `auto` may take this engine; one with a true `by_name_only` has to be asked for."""
+    return not getattr(engine, "by_name_only", False)
 
 
 def _engine(name: str) -> type[FileEngine]:

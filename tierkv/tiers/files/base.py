@@ -41,7 +41,10 @@ def check_name(name: str) -> str:
 
 
 class FileEngine(Protocol):
-    """Files of one directory, by name and handle. Any thread, unless a method says otherwise."""
+    """Files of one directory, by name and handle. Any thread, unless a method says otherwise.
+
+    `auto` passes over a class that sets `by_name_only = True`.
+    """
 
     #: The name in the registry.
     name: str
