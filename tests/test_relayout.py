@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,13 +20,17 @@ from tierkv.core.geometry import Form, KVGeometry  # noqa: E402
 from tierkv.kernels.relayout import (  # noqa: E402
     Arrangement,
     BlockShape,
+    FixedMove,
     Loop,
     MovePlan,
+    PagePool,
+    Pool,
     Side,
     kernel_source,
     move_blocks,
     move_by_reference,
     plan_move,
+    repack,
 )
 
 BLOCKS = 5
@@ -109,7 +114,7 @@ def sides(
     made = []
     for name, pick, layers in zip(names, picks, (source, target), strict=True):
         at = arrangement_of(name, shape)
-        made.append(Side(layers, at.offsets(torch.tensor(pick[:count])), at))
+        made.append(Side(Pool(tuple(layers), at), at.offsets(torch.tensor(pick[:count]))))
     return made[0], made[1]
 
 
@@ -146,11 +151,111 @@ def test_the_kernel_gives_the_bytes_of_the_reference(
     expected = [layer.clone() for layer in target]
     move_by_reference(shape, *sides(shape, names, picks, count, source, expected))
     read, written = sides(shape, names, picks, count, source, target)
-    plan = plan_move(shape, read.arrangement, written.arrangement)
+    plan = plan_move(shape, read.pool.arrangement, written.pool.arrangement)
     assert plan.is_aligned
     run_on_host(kernel_on_host, read, written, plan, grid)
 
     assert all(map(torch.equal, target, expected))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    names=st.tuples(NAMES, NAMES),
+    picks=st.tuples(PICKS, PICKS),
+    left_out=st.sets(st.integers(0, BLOCKS - 1)),
+    side=st.booleans(),
+)
+def test_a_block_that_either_side_leaves_out_is_not_moved(
+    kernel_on_host: ctypes.CDLL,
+    names: tuple[str, str],
+    picks: tuple[list[int], list[int]],
+    left_out: set[int],
+    side: bool,
+) -> None:
+    shape = BlockShape(planes=2, tokens=3, heads=2, head_bytes=32)
+    source, target, by_kernel = (memory_of(shape, 2, seed) for seed in (1, 2, 2))
+    expected = [layer.clone() for layer in target]
+    kept = [n for n in range(BLOCKS) if n not in left_out]
+    only = tuple([pick[n] for n in kept] for pick in picks)
+    move_by_reference(shape, *sides(shape, names, (only[0], only[1]), len(kept), source, expected))
+
+    for goal in (target, by_kernel):
+        read, written = sides(shape, names, picks, BLOCKS, source, goal)
+        for n in left_out:
+            (read if side else written).offsets[n] = -1
+        plan = plan_move(shape, read.pool.arrangement, written.pool.arrangement)
+        if goal is target:
+            move_by_reference(shape, read, written)
+        else:
+            run_on_host(kernel_on_host, read, written, plan, 2)
+        assert all(map(torch.equal, goal, expected))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    layers=st.integers(1, 4),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    paddings=st.tuples(st.sampled_from([0, 16, 160]), st.sampled_from([0, 16, 160])),
+    apart=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_blocks_are_repacked_between_pages_of_any_sizes(
+    layers: int,
+    sizes: tuple[int, int],
+    paddings: tuple[int, int],
+    apart: bool,
+    seed: int,
+) -> None:
+    """Against an index of every byte, written down as a page is described."""
+    shape = BlockShape(planes=1, tokens=2, heads=2, head_bytes=16)
+    parts, blocks = (2 if apart else 1), 12
+    width = 64 * parts
+    pools, memories = [], []
+    draw = np.random.default_rng(seed)
+    for size, padding in zip(sizes, paddings, strict=True):
+        page_bytes = layers * size * width + padding
+        memory = torch.from_numpy(
+            draw.integers(0, 256, page_bytes * -(-blocks // size), dtype=np.uint8)
+        )
+        memories.append(memory)
+        pools.append(
+            PagePool(
+                memory, shape, layers=layers, page_blocks=size, page_bytes=page_bytes, apart=apart
+            )
+        )
+    chosen, places = (draw.permutation(blocks)[:7] for _ in range(2))
+    expected = memories[1].clone()
+    for block, place in zip(chosen, places, strict=True):
+        for layer in range(layers):
+            starts = []
+            for size, pool, number in zip(sizes, pools, (block, place), strict=True):
+                page, within = divmod(int(number), size)
+                starts.append(page * pool.page_bytes + (layer * size + within) * width)
+            expected[starts[1] : starts[1] + width] = memories[0][starts[0] : starts[0] + width]
+    repack(pools[0], chosen, pools[1], places)
+
+    assert torch.equal(memories[1], expected)
+
+
+def test_a_fixed_move_moves_what_was_chosen_and_nothing_else() -> None:
+    shape = BlockShape(planes=2, tokens=2, heads=1, head_bytes=16)
+    at = Arrangement.canonical(shape)
+    source, target = memory_of(shape, 2, 1), memory_of(shape, 2, 2)
+    move = FixedMove(shape, Pool(tuple(source), at), Pool(tuple(target), at), blocks=4)
+    expected = [layer.clone() for layer in target]
+
+    for pairs in ([(3, 0), (1, 4)], [], [(0, 2), (2, 1), (4, 3), (1, 0)]):
+        reads, writes = (torch.tensor([pair[n] for pair in pairs]).long() for n in (0, 1))
+        move.choose(at.offsets(reads), at.offsets(writes))
+        for read, write in pairs:
+            for layer, goal in zip(source, expected, strict=True):
+                goal.view(BLOCKS, -1)[write] = layer.view(BLOCKS, -1)[read]
+        move.launch()
+        assert all(map(torch.equal, target, expected))
+    with pytest.raises(ValueError, match="5 blocks for a fixed move of at most 4"):
+        move.choose(torch.zeros(5).long(), torch.zeros(5).long())
+    with pytest.raises(GeometryMismatch, match="leave a layer"):
+        move.choose(torch.tensor([320]), torch.tensor([0]))
 
 
 def run_on_host(
@@ -162,11 +267,11 @@ def run_on_host(
 
     long = ctypes.c_longlong
     library.move_blocks_on_host(
-        vector([layer.data_ptr() for layer in source.layers]),
-        vector([layer.data_ptr() for layer in target.layers]),
+        vector([layer.data_ptr() for layer in source.pool.layers]),
+        vector([layer.data_ptr() for layer in target.pool.layers]),
         vector(source.offsets.tolist()),
         vector(target.offsets.tolist()),
-        long(len(source.layers)),
+        long(len(source.pool.layers)),
         long(len(source.offsets)),
         vector(plan.loop_table),
         long(plan.vectors),
@@ -220,7 +325,7 @@ def test_a_block_outside_its_layer_is_refused(
     shape = BlockShape(planes=1, tokens=2, heads=1, head_bytes=16)
     at = Arrangement.canonical(shape)
     layer = torch.zeros(64, dtype=torch.uint8)
-    inside, outside = (Side([layer], torch.tensor([start]), at) for start in (32, offset))
+    inside, outside = (Side(Pool((layer,), at), torch.tensor([start])) for start in (32, offset))
 
     for source, target in ((outside, inside), (inside, outside)):
         with pytest.raises(GeometryMismatch, match="leave a layer of 64 bytes"):

@@ -20,7 +20,12 @@ from tierkv.config import Config
 from tierkv.core.geometry import KVGeometry, Layout
 from tierkv.store import Hint, HintKind, Lease, Store
 from tierkv.testing.files import Fault, FaultyFiles, MemoryFiles, at_rates
-from tierkv.testing.store import abandon
+from tierkv.testing.store import abandon, staging_on
+from tierkv.testing.streams import RecordingStreams
+from tierkv.tiers.device import DeviceTier
+from tierkv.tiers.host import HostTier
+from tierkv.transfer.link_profile import SIZES, Direction, LinkProfile
+from tierkv.transfer.staging import Staging
 
 Bytes = npt.NDArray[np.uint8]
 Prefix = tuple[str, tuple[int, ...]]
@@ -28,6 +33,11 @@ Prefix = tuple[str, tuple[int, ...]]
 GEOMETRY = KVGeometry(layers=2, kv_heads=1, head_dim=64, dtype="float32")
 SPACES = ("default", "b")
 ROOT = Path("machine")
+#: Links on which whole pages, and kernels, are the fastest.
+LINKS = [
+    LinkProfile(way, way, "made up")
+    for way in (Direction((1e9,) * len(SIZES), 1.0), Direction((1.0,) * len(SIZES), 1e9))
+]
 RATES = {Fault.EIO: 0.02, Fault.SHORT: 0.02, Fault.FLIP: 0.02, Fault.LOST: 0.02}
 #: Rules in one run: examples x steps. `TIERKV_RULES` asks for more.
 RULES = int(os.environ.get("TIERKV_RULES", "50000"))
@@ -68,13 +78,18 @@ class StoreMachine(RuleBasedStateMachine):
         device=st.sampled_from([0, 0, 1, 3]),
         seed=st.integers(0, 2**16),
         faulty=st.booleans(),
+        staged=st.booleans(),
     )
-    def begin(self, host: int, cold: int, device: int, seed: int, faulty: bool) -> None:
+    def begin(
+        self, host: int, cold: int, device: int, seed: int, faulty: bool, staged: bool = False
+    ) -> None:
         self.config = config_of(host, cold, device)
         self.layout = Layout(GEOMETRY, block_tokens=2, targets=self.config.pages.targets)
         self.disk = MemoryFiles(ROOT, seed=seed)
         self.schedule = at_rates(seed, RATES) if faulty else None
         self.faulty = faulty
+        self.seed = seed
+        self.staged = staged
         self.put_values: dict[Prefix, set[int]] = {}
         self.durable: set[Prefix] = set()
         self.version = 0
@@ -83,8 +98,19 @@ class StoreMachine(RuleBasedStateMachine):
 
     def open_store(self) -> None:
         self.files = FaultyFiles(self.disk)
-        self.store = Store.open(self.config, self.layout, files_for=lambda _root: self.files)
+        self.streams = RecordingStreams(pace=3, seed=self.seed)
+        self.store = Store.open(
+            self.config,
+            self.layout,
+            files_for=lambda _root: self.files,
+            staging_for=self.staging if self.staged else None,
+        )
         self.files.schedule = self.schedule
+
+    def staging(self, host: HostTier, device: DeviceTier) -> Staging:
+        """A ring whose copies and kernels end at some time, in some order; half of it is pinned."""
+        link = LINKS[self.seed % len(LINKS)]
+        return staging_on(self.streams, host, device, profile=link, pinned=host.page_count // 2)
 
     # ---- bytes
 

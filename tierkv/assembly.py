@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,15 +16,20 @@ from tierkv.core.geometry import Layout, PagePlan
 from tierkv.core.keys import KeyChain
 from tierkv.core.tier import RecoveredPage, TierId
 from tierkv.core.units import format_bytes
+from tierkv.kernels.driver import Driver
 from tierkv.plan.spec import NamespaceSpec, PlanSpec, TierPlan
-from tierkv.tiers import numa
+from tierkv.tiers.accelerator import accelerators, home_node
 from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.files import choose_engine
 from tierkv.tiers.files.base import FileEngine
 from tierkv.tiers.host import HostTier
 from tierkv.tiers.segment_format import page_header_bytes
 from tierkv.tiers.segments import SegmentTier
+from tierkv.tiers.unified import unified_home
 from tierkv.transfer.engine import TransferEngine
+from tierkv.transfer.link_profile import link_profile, measure_device
+from tierkv.transfer.staging import SLOTS, Staging
+from tierkv.transfer.streams import CudaStreams
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +62,17 @@ class Parts:
 
 #: Makes the file engine for a directory; tests and fault drills give their own.
 FilesFor: TypeAlias = Callable[[Path], FileEngine]
+#: Makes the ring between host and device; tests give one on recorded streams.
+StagingFor: TypeAlias = Callable[[HostTier, DeviceTier], Staging]
 
 
-def assemble(config: Config, layout: Layout, *, files_for: FilesFor | None = None) -> Parts:
+def assemble(
+    config: Config,
+    layout: Layout,
+    *,
+    files_for: FilesFor | None = None,
+    staging_for: StagingFor | None = None,
+) -> Parts:
     """Open every tier that is switched on; what was opened is closed again if a later one fails."""
     plan = layout.pages
     chains = {
@@ -72,7 +86,7 @@ def assemble(config: Config, layout: Layout, *, files_for: FilesFor | None = Non
         host = _host(config, plan, spec.tiers[TierId.HOST].pages)
         host.open()
         undo.callback(host.close)
-        device = None
+        device, staging = None, None
         if TierId.DEVICE in spec.tiers:
             device = DeviceTier(
                 plan,
@@ -81,6 +95,7 @@ def assemble(config: Config, layout: Layout, *, files_for: FilesFor | None = Non
             )
             device.open()
             undo.callback(device.close)
+            staging = staging_for(host, device) if staging_for else _staging(config, host, device)
         cold, files, recovered = None, None, []
         if TierId.COLD in spec.tiers:
             # A directory per layout: two layouts never share a file, and each can be deleted alone.
@@ -95,6 +110,7 @@ def assemble(config: Config, layout: Layout, *, files_for: FilesFor | None = Non
             plan,
             host,
             device=device,
+            staging=staging,
             cold=cold,
             threads=config.tiers.cold.threads,
             inflight_bytes_max=config.transfer.inflight_max,
@@ -158,16 +174,50 @@ def _quotas(host: int, cold: int, config: Config, plan: PagePlan) -> dict[TierId
 
 def _host(config: Config, plan: PagePlan, pages: int) -> HostTier:
     settings = config.tiers.host
+    number = device_number(config.tiers.device.device)
+    device = next((one for one in accelerators() if one.number == number), None)
     node = settings.numa if isinstance(settings.numa, int) else None
-    if settings.numa == "auto" and len(numa.nodes()) > 1:
-        node = _gpu_node()
+    if settings.numa == "auto":
+        node = home_node(device)
+    driver = Driver.load() if device and settings.register_cuda == "auto" else None
     return HostTier(
         plan,
         pages=pages,
         node=node,
         hugepages=settings.hugepages,
         threads=settings.prefault_threads,
-        cuda=settings.register_cuda == "auto" and _has_cuda(),
+        registrar=driver.registrar(number) if driver else None,
+        register_threads=settings.register_threads,
+        home=unified_home(device) if device and settings.unified == "auto" else None,
+    )
+
+
+def _staging(config: Config, host: HostTier, device: DeviceTier) -> Staging | None:
+    """The ring between the arena and the slab; None where both are host memory."""
+    if device.device.type != "cuda":
+        return None
+    import torch
+
+    driver = Driver.load()
+    if driver is None:
+        raise TierFailed("device tier: torch sees CUDA, but libcuda.so.1 cannot be loaded")
+    limits = config.transfer
+    streams = CudaStreams(driver, device.device, programs=limits.sm_budget)
+    card = f"{driver.uuid(device.device.index)}-{driver.version}"
+    profile = link_profile(
+        partial(measure_device, streams, device.device), limits.link_profiles, card
+    )
+    for way, found in (("up", profile.up), ("down", profile.down)):
+        least = found.crossover_bytes
+        logger.info("link %s crossover_bytes=%d source=%s", way, least, profile.source)
+    return Staging(
+        streams,
+        host.plan,
+        torch.from_numpy(host.pages),
+        device.blocks,
+        profile=profile,
+        regions=host.regions,
+        slot_bytes=limits.staging // SLOTS,
     )
 
 
@@ -182,24 +232,6 @@ def _cold(config: Config, layout: Layout, pages: int, files: FileEngine) -> Segm
     )
 
 
-def _has_cuda() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return bool(torch.cuda.is_available())
-
-
-def _gpu_node() -> int | None:
-    """The node of the current GPU, where there is one and its bus address tells."""
-    if not _has_cuda():
-        return None
-    import torch
-
-    card = torch.cuda.get_device_properties(torch.cuda.current_device())
-    domain, bus, device = (
-        getattr(card, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")
-    )
-    if bus is None or device is None:
-        return None
-    return numa.node_of_pci(f"{domain or 0:04x}:{bus:02x}:{device:02x}.0")
+def device_number(wanted: str) -> int:
+    """The CUDA device that a configuration names; the first one where it names none."""
+    return int(wanted.partition(":")[2] or 0)

@@ -64,8 +64,13 @@ def read_config(path: str | os.PathLike[str]) -> Loaded[Config]:
 
 
 def ram_bytes() -> int:
-    """This machine's RAM, or less where a control group (a container) limits it."""
-    total = psutil.virtual_memory().total
+    """This machine's RAM, or less where a control group (a container) limits it.
+
+    Memory of a device that the system shows as a node (Grace-Hopper) is not RAM.
+    """
+    from tierkv.tiers.accelerator import device_node_bytes  # needs numpy, which is slow to import
+
+    total = psutil.virtual_memory().total - device_node_bytes()
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -261,6 +266,12 @@ class HostConfig(_Section):
     register_cuda: Literal["auto", "off"] = Field(
         default="auto", description="auto pins the arena for CUDA where there is a device."
     )
+    register_threads: int = Field(
+        default=1, ge=1, le=64, description="Threads that pin it, in the background."
+    )
+    unified: Literal["auto", "off"] = Field(
+        default="auto", description="auto: a coherent device (Grace-Hopper) reads it unpinned."
+    )
 
     @field_validator("capacity", mode="before")
     @classmethod
@@ -279,7 +290,10 @@ class ColdConfig(_Section):
         default=0, description="Bytes or % of the file system; 0 turns the tier off."
     )
     policy: Policy = Field(default="lru", description="Eviction policy.")
-    engine: Engine = Field(default="auto", description="auto, direct (O_DIRECT) or portable.")
+    engine: Engine = Field(
+        default="auto",
+        description="auto, direct (O_DIRECT), portable, or gds (cuFile; only by name).",
+    )
     segment_cold_pages: int = Field(
         default=16, ge=1, le=4096, description="Cold pages in one segment file."
     )
@@ -314,6 +328,16 @@ class TransferConfig(_Section):
 
     inflight_max: Size = Field(
         default=256 * MIB, description="Most bytes under way to or from the cold tier."
+    )
+    staging: Size = Field(
+        default=64 * MIB, description="Device memory through which pages cross the link."
+    )
+    sm_budget: int = Field(
+        default=16, ge=1, le=1024, description="Thread blocks that kernels of ours may occupy."
+    )
+    link_profiles: AnyPath | None = Field(
+        default=Path("~/.cache/tierkv/links"),
+        description="Directory of measured link rates, a file a card; null measures every time.",
     )
     demand_deadline_ms: Milliseconds = Field(
         default=10_000, description="After this a read is given up and recomputed."

@@ -22,7 +22,10 @@ Scalar: TypeAlias = bool | int | float | str | None
 
 #: Settings in bytes, by the last part of their name.
 _SIZE_KEYS: Final = frozenset(
-    {"hot", "warm", "cold", "capacity", "piece", "inflight_max", "host_quota", "cold_quota"}
+    {
+        *("hot", "warm", "cold", "capacity", "piece", "inflight_max", "staging"),
+        *("host_quota", "cold_quota"),
+    }
 )
 
 

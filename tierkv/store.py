@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
-from tierkv.assembly import FilesFor, Parts, assemble
+from tierkv.assembly import FilesFor, Parts, StagingFor, assemble
 from tierkv.config import Config
 from tierkv.core.errors import ConfigError, TierFailed
 from tierkv.core.geometry import Layout
@@ -58,19 +58,28 @@ class Store:
                 self._runtime.handle(ev.Recovered(parts.recovered))
 
     @classmethod
-    def open(cls, config: Config, layout: Layout, *, files_for: FilesFor | None = None) -> Store:
+    def open(
+        cls,
+        config: Config,
+        layout: Layout,
+        *,
+        files_for: FilesFor | None = None,
+        staging_for: StagingFor | None = None,
+    ) -> Store:
         """Open the tiers and recover what the cold tier holds.
 
-        `files_for` makes another file engine than the configured one (fault injection). Raises
-        ConfigError for a tier that cannot work as configured, TierFailed for one whose device or
-        directory refuses.
+        `files_for` and `staging_for` make another file engine, another ring to the device, than the
+        configured ones (fault injection, recorded streams). Raises ConfigError for a tier that
+        cannot work as configured, TierFailed for one whose device or directory refuses.
         """
         if layout.block_tokens != config.block_tokens or layout.targets != config.pages.targets:
             raise ConfigError(
                 f"the layout has blocks of {layout.block_tokens} tokens and {layout.targets}, the "
                 f"configuration {config.block_tokens} and {config.pages.targets}; take them from it"
             )
-        return cls(config, layout, assemble(config, layout, files_for=files_for))
+        return cls(
+            config, layout, assemble(config, layout, files_for=files_for, staging_for=staging_for)
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -43,6 +43,7 @@ from tierkv.kernels import triton_pages
 from tierkv.kernels.relayout import (
     Arrangement,
     BlockShape,
+    Pool,
     Side,
     move_blocks,
     move_by_reference,
@@ -172,13 +173,13 @@ def relayouts() -> str:
                 offsets = source_at.offsets(reads), target_at.offsets(writes)
                 move_by_reference(
                     shape,
-                    Side(plain, offsets[0], source_at),
-                    Side(expected, offsets[1], target_at),
+                    Side(Pool(tuple(plain), source_at), offsets[0]),
+                    Side(Pool(tuple(expected), target_at), offsets[1]),
                 )
                 move_blocks(
                     shape,
-                    Side(source, offsets[0], source_at),
-                    Side(target, offsets[1], target_at),
+                    Side(Pool(tuple(source), source_at), offsets[0]),
+                    Side(Pool(tuple(target), target_at), offsets[1]),
                 )
                 synchronize()
                 same = (torch.equal(t.cpu(), e) for t, e in zip(target, expected, strict=True))
@@ -196,21 +197,21 @@ def ring() -> str:
         moves = moves_of(plan, draw, pages, frames)
         host_before, pool_before = host.clone(), pool.clone()
         synchronize()
-        staging.save(moves).synchronize()
+        staging.save(*moves).synchronize()
         pool.zero_()
         synchronize()
         if plan is LLAMA:
-            staging.load_layers(moves)[-1].synchronize()
+            staging.load_layers(*moves)[-1].synchronize()
         else:
-            staging.load(moves).synchronize()
+            staging.load(*moves).synchronize()
         step = plan.block_bytes
         flat, kept = pool.view(-1).cpu(), pool_before.view(-1).cpu()
-        moved = {frame for move in moves for frame in move.frames}
+        moved = set(moves.frames.tolist())
         for frame in range(frames):
             part = slice(frame * step, (frame + 1) * step)
             wanted = kept[part] if frame in moved else torch.zeros(step, dtype=torch.uint8)
             assert torch.equal(flat[part], wanted), f"frame {frame}"
-        untouched = set(range(pages)) - {move.page for move in moves}
+        untouched = set(range(pages)) - set((moves.places // plan.warm_page_blocks).tolist())
         assert all(torch.equal(host[page], host_before[page]) for page in untouched)
         if isinstance(streams, RecordingStreams):
             assert streams.races() == []

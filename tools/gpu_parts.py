@@ -11,17 +11,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 CPU = "--cpu" in sys.argv or not Path("/dev/nvidiactl").exists()
 if CPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tierkv.core.geometry import MIB, KVGeometry, PagePlan
+from tierkv.kernels.driver import Driver
+from tierkv.kernels.relayout import BlockShape, PagePool
 from tierkv.testing.streams import RecordingStreams
-from tierkv.transfer.staging import PageMove, Staging
+from tierkv.transfer.link_profile import PUBLISHED, LinkProfile
+from tierkv.transfer.staging import Staging
 from tierkv.transfer.streams import CudaStreams
 
 DEVICE = torch.device("cpu" if CPU else "cuda:0")
@@ -38,7 +44,12 @@ def device_name() -> str:
 
 
 def staged(
-    plan: PagePlan, pages: int, frames: int, *, seeded: bool = True
+    plan: PagePlan,
+    pages: int,
+    frames: int,
+    *,
+    seeded: bool = True,
+    profile: LinkProfile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Staging, CudaStreams | RecordingStreams]:
     """An arena, a slab of hot pages, and a ring between them."""
     shape = (frames * plan.hot_pages_per_block, plan.hot_page_bytes)
@@ -49,22 +60,44 @@ def staged(
         host = torch.zeros(pages, plan.warm_page_bytes, dtype=torch.uint8)
         pool = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
     host = host if CPU else host.pin_memory()
-    streams = RecordingStreams() if CPU else CudaStreams(DEVICE)
-    return host, pool, Staging(streams, plan, host, pool), streams
+    streams = streams_of()
+    row = BlockShape(1, 1, 1, plan.block_layer_bytes)
+    blocks = PagePool(
+        pool.view(-1), row, layers=plan.layers, page_blocks=1, page_bytes=plan.block_bytes
+    )
+    staging = Staging(streams, plan, host, blocks, profile=profile or PUBLISHED)
+    return host, pool, staging, streams
+
+
+class Moves(NamedTuple):
+    """Blocks on their way: places in the arena, and frames, pairwise."""
+
+    places: npt.NDArray[np.int64]
+    frames: npt.NDArray[np.int64]
 
 
 def moves_of(
     plan: PagePlan, draw: random.Random, pages: int, frames: int, *, whole: bool = False
-) -> list[PageMove]:
+) -> Moves:
     """All blocks of all pages, or some of some, to frames drawn at random."""
     free = draw.sample(range(frames), frames)
     size = plan.warm_page_blocks
     chosen = range(pages) if whole else draw.sample(range(pages), pages - 1)
-    moves = []
+    pairs = []
     for page in chosen:
         offsets = list(range(size)) if whole else sorted(draw.sample(range(size), -(-size // 2)))
-        moves.append(PageMove(page, offsets, [free.pop() for _ in offsets]))
-    return moves
+        pairs += [(page * size + offset, free.pop()) for offset in offsets]
+    places, targets = np.array(pairs, np.int64).T
+    return Moves(places, targets)
+
+
+def streams_of() -> CudaStreams | RecordingStreams:
+    """The device's queues, or recorded ones."""
+    if CPU:
+        return RecordingStreams()
+    driver = Driver.load()
+    assert driver is not None, "torch sees CUDA, but libcuda.so.1 cannot be loaded"
+    return CudaStreams(driver, DEVICE)
 
 
 def random_bytes(rows: int, columns: int, *, seed: int) -> torch.Tensor:

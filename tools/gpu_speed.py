@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from gpu_parts import BATCH, DEVICE, LLAMA, SMALL, moves_of, seconds, staged
+from gpu_parts import BATCH, DEVICE, LLAMA, SMALL, Moves, moves_of, seconds, staged
 from measuring import Row
 
 from tierkv.codecs.grouped import Int4
 from tierkv.core.geometry import GIB
-from tierkv.kernels.relayout import Arrangement, BlockShape, Side, move_blocks
+from tierkv.kernels.driver import Driver
+from tierkv.kernels.relayout import Arrangement, BlockShape, Pool, Side, move_blocks
 from tierkv.tiers.host import HostTier
-from tierkv.transfer.staging import PageMove, Staging
+from tierkv.transfer.staging import Staging
 from tierkv.transfer.streams import Event
 
 
@@ -38,7 +39,7 @@ def speed_rows(gib: int) -> Iterator[Row]:
         yield Row(f"down, {name} from hot pages", down / save, reach if plan is SMALL else None)
         if plan is SMALL:
             begun = time.perf_counter()
-            last = staging.load(moves)
+            last = staging.load(*moves)
             submit_us = (time.perf_counter() - begun) * 1e6
             last.synchronize()
             yield Row("submit 4,096 pages", submit_us, 100, False, "us")
@@ -52,7 +53,7 @@ def speed_rows(gib: int) -> Iterator[Row]:
     yield register_row(gib)
 
 
-def gemm_row(staging: Staging, moves: list[PageMove]) -> Row:
+def gemm_row(staging: Staging, moves: Moves) -> Row:
     """How much a loop of matrix products is slowed by loads beside it."""
     left = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
     right = torch.randn_like(left)
@@ -65,14 +66,14 @@ def gemm_row(staging: Staging, moves: list[PageMove]) -> Row:
 
     def beside() -> None:
         for _ in range(8):
-            staging.load(moves)
+            staging.load(*moves)
         products()
 
     slowed = seconds(beside)
     return Row("matrix products slowed by loads", (slowed / alone - 1) * 100, 3, False, "%")
 
 
-def overlap_row(staging: Staging, moves: list[PageMove], load: float) -> Row:
+def overlap_row(staging: Staging, moves: Moves, load: float) -> Row:
     """Attention of 32 layers that waits for each layer's load: what the load adds to it."""
     heads, new, past, dim = 32, 512, 8192, 128
     query = torch.randn(1, heads, new, dim, dtype=torch.bfloat16, device=DEVICE)
@@ -89,7 +90,7 @@ def overlap_row(staging: Staging, moves: list[PageMove], load: float) -> Row:
             torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
     alone = seconds(partial(attend, None))
-    together = seconds(lambda: attend(staging.load_layers(moves)))
+    together = seconds(lambda: attend(staging.load_layers(*moves)))
     exposed = max(0.0, together - alone) / load * 100
     return Row("layerwise load beside attention, exposed part", exposed, 10, False, "%")
 
@@ -111,7 +112,7 @@ def duplex_row() -> Row:
             hosts[1].copy_(slabs[1], non_blocking=True)
 
     def ours() -> None:
-        loaded, saved = up.load(moves), down.save(moves)
+        loaded, saved = up.load(*moves), down.save(*moves)
         loaded.synchronize()
         saved.synchronize()
 
@@ -127,7 +128,10 @@ def relayout_row() -> Row:
     at = Arrangement.paged(shape, blocks=blocks, heads_first=True)
     ours = Arrangement.canonical(shape)
     numbers = torch.randperm(blocks, device=DEVICE)
-    sides = Side([source], at.offsets(numbers), at), Side([target], ours.offsets(numbers), ours)
+    sides = (
+        Side(Pool((source,), at), at.offsets(numbers)),
+        Side(Pool((target,), ours), ours.offsets(numbers)),
+    )
     everything = torch.cuda.get_device_properties(DEVICE).multi_processor_count * 2
     taken = seconds(lambda: move_blocks(shape, *sides, programs=everything))
     return Row("relayout inside the device, HND to ours", plain / taken, 0.85)
@@ -148,14 +152,24 @@ def codes_row(down: float) -> Row:
 def register_row(gib: int) -> Row:
     """Mapping, touching and registering the host arena."""
     plan = LLAMA
-    tier = HostTier(plan, pages=gib * GIB // plan.warm_page_bytes, threads=8, cuda=True)
+    driver = Driver.load()
+    assert driver is not None
+    tier = HostTier(
+        plan,
+        pages=gib * GIB // plan.warm_page_bytes,
+        threads=8,
+        registrar=driver.registrar(0),
+        register_threads=8,
+    )
     begun = time.monotonic()
     tier.open()
+    tier.wait_until_registered()
+    assert tier.pinned_pages == tier.page_count, "not all of it could be pinned"
     taken = (time.monotonic() - begun) * 16 / gib
     tier.close()
     return Row("map, touch and register 16 GiB", taken, 1, False, "s", note=f"{gib} GiB")
 
 
-def wait_for(move: Callable[[list[PageMove]], Event], moves: list[PageMove]) -> None:
+def wait_for(move: Callable[..., Event], moves: Moves) -> None:
     """Move, and wait until it is done."""
-    move(moves).synchronize()
+    move(*moves).synchronize()

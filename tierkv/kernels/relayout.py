@@ -4,7 +4,7 @@ An `Arrangement` says, in bytes, where the parts of a block lie in one layer's m
 their paged cache as one tensor a layer (or one for K and one for V); pages of ours are layer-major
 slices of a slab or an arena. Both are: the address of each layer, the offset of each block, and
 three strides. So gather, scatter and repacking between page sizes, head order and K/V placement are
-one move with other numbers.
+one move with other numbers; `PagePool` has the numbers of our own pages.
 
 `move_by_reference` is the torch reference, `csrc/move.cu` the kernel. `plan_move` gives what it
 needs: loops with everything that is contiguous on both sides folded into one row.
@@ -12,12 +12,14 @@ needs: loops with everything that is contiguous on both sides folded into one ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from tierkv.core.errors import GeometryMismatch
 from tierkv.core.geometry import DTYPE_BYTES, Form, KVGeometry
@@ -25,10 +27,13 @@ from tierkv.core.geometry import DTYPE_BYTES, Form, KVGeometry
 if TYPE_CHECKING:
     from torch import Tensor, device
 
+Numbers = npt.NDArray[np.int64]
+
 #: What one thread moves at a time; addresses, offsets, strides and rows are multiples of it.
 VECTOR_BYTES: Final = 16
 _WARP: Final = 32
-_THREADS: Final = 512
+#: Threads of a program.
+THREADS: Final = 512
 #: Programs of one launch: a small part of the device fills a link.
 PROGRAMS: Final = 16
 
@@ -102,12 +107,36 @@ class Arrangement:
         return numbers * self.block
 
 
-class Side(NamedTuple):
-    """One side of a move: uint8 memory of each layer, flat; block offsets; how blocks lie."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Pool:
+    """Memory in which blocks lie: flat uint8 of each layer, all in one arrangement."""
 
-    layers: Sequence[Tensor]
-    offsets: Tensor
+    layers: tuple[Tensor, ...]
     arrangement: Arrangement
+    _tables: dict[device, Tensor] = field(default_factory=dict, repr=False)
+
+    def part(self, start: int, stop: int) -> Pool:
+        """Some of its layers."""
+        return Pool(self.layers[start:stop], self.arrangement)
+
+    def table(self, on: device) -> Tensor:
+        """The layers' addresses, int64 on a device; made once."""
+        import torch
+
+        if on not in self._tables:
+            addresses = [layer.data_ptr() for layer in self.layers]
+            self._tables[on] = torch.tensor(addresses, dtype=torch.int64, device=on)
+        return self._tables[on]
+
+
+class Side(NamedTuple):
+    """One side of a move: a pool, and where each block begins in every layer, int64 (n,).
+
+    Offset -1 is no block: nothing is moved where either side says so.
+    """
+
+    pool: Pool
+    offsets: Tensor
 
 
 class Loop(NamedTuple):
@@ -147,6 +176,7 @@ class MovePlan:
         return not any(value % VECTOR_BYTES for value in (self.row_bytes, *steps))
 
 
+@lru_cache(maxsize=256)
 def plan_move(shape: BlockShape, source: Arrangement, target: Arrangement) -> MovePlan:
     """Fold the loops over planes, tokens and heads as far as both sides are contiguous.
 
@@ -180,52 +210,177 @@ def move_blocks(shape: BlockShape, source: Side, target: Side, *, programs: int 
     that CUDA has mapped, if the other is on the device; `programs` bounds how much of the device
     the kernel may take. Raises GeometryMismatch for a block that leaves its layer.
     """
-    _require_inside(shape, source)
-    _require_inside(shape, target)
-    plan = plan_move(shape, source.arrangement, target.arrangement)
-    on_device = any(layer.is_cuda for layer in (*source.layers, *target.layers))
-    if on_device and plan.is_aligned and find_spec("cupy") is not None:
-        _launch(plan, source, target, programs)
+    require_inside(shape, source)
+    require_inside(shape, target)
+    plan = plan_move(shape, source.pool.arrangement, target.pool.arrangement)
+    on = _device_of(source.pool, target.pool)
+    if on.type == "cuda" and has_kernel(plan):
+        _launch(plan, source, target, on, programs)
     else:
         move_by_reference(shape, source, target)
 
 
 def move_by_reference(shape: BlockShape, source: Side, target: Side) -> None:
     """What `move_blocks` does, as torch says it; any device, any alignment."""
-    _require_inside(shape, source)
-    _require_inside(shape, target)
-    for from_layer, to_layer in zip(source.layers, target.layers, strict=True):
-        pairs = zip(source.offsets.tolist(), target.offsets.tolist(), strict=True)
-        for from_offset, to_offset in pairs:
-            read = _view(from_layer, from_offset, shape, source.arrangement)
-            _view(to_layer, to_offset, shape, target.arrangement).copy_(read)
+    require_inside(shape, source)
+    require_inside(shape, target)
+    offsets = list(zip(source.offsets.tolist(), target.offsets.tolist(), strict=True))
+    for from_layer, to_layer in zip(source.pool.layers, target.pool.layers, strict=True):
+        for from_offset, to_offset in offsets:
+            if from_offset >= 0 and to_offset >= 0:
+                read = _view(from_layer, from_offset, shape, source.pool.arrangement)
+                _view(to_layer, to_offset, shape, target.pool.arrangement).copy_(read)
 
 
-def _launch(plan: MovePlan, source: Side, target: Side, programs: int) -> None:
+class PagePool:
+    """Our own pages of one size, one after the other in flat uint8 memory, each layer-major.
+
+    A page is (layers, page_blocks, block bytes of a layer) and then padding. Block b lies in page
+    ``b // page_blocks``; hot pages of a frame are a page of one block. `apart` gives K and V as
+    layers of their own, as engines have them that keep two tensors a layer; `shape` is then one of
+    a single plane.
+    """
+
+    def __init__(
+        self,
+        memory: Tensor,
+        shape: BlockShape,
+        *,
+        layers: int,
+        page_blocks: int,
+        page_bytes: int,
+        apart: bool = False,
+    ) -> None:
+        parts = 2 if apart else 1
+        part_bytes = Arrangement.canonical(shape).block
+        block_bytes = part_bytes * parts
+        at = replace(Arrangement.canonical(shape), block=block_bytes)
+        starts = [
+            layer * page_blocks * block_bytes + part * part_bytes
+            for layer in range(layers)
+            for part in range(parts)
+        ]
+        self.shape = shape
+        self.page_blocks = page_blocks
+        self.page_bytes = page_bytes
+        self.block_bytes = block_bytes
+        self.pool = Pool(tuple(memory[start:] for start in starts), at)
+
+    def offsets(self, blocks: Numbers) -> Numbers:
+        """Where these blocks begin in every layer: int64 (n,)."""
+        if self.page_blocks == 1:
+            return np.asarray(blocks * self.page_bytes, np.int64)
+        pages, within = np.divmod(blocks, self.page_blocks)
+        return np.asarray(pages * self.page_bytes + within * self.block_bytes, np.int64)
+
+    def side(self, blocks: Numbers) -> Side:
+        """These blocks, as one side of a move."""
+        import torch
+
+        return Side(self.pool, torch.from_numpy(self.offsets(blocks)))
+
+
+def repack(
+    source: PagePool, blocks: Numbers, target: PagePool, places: Numbers, programs: int = PROGRAMS
+) -> None:
+    """Blocks of one page size to places in pages of another, in one kernel; see `move_blocks`."""
+    move_blocks(source.shape, source.side(blocks), target.side(places), programs=programs)
+
+
+class FixedMove:
+    """Moves of at most `blocks` blocks whose launch is always the same: for a CUDA graph.
+
+    `launch` allocates nothing, waits for nothing and reads the same addresses every time, so it can
+    be captured; `choose` says, outside of the graph, which blocks the next replay moves.
+    """
+
+    def __init__(
+        self,
+        shape: BlockShape,
+        source: Pool,
+        target: Pool,
+        *,
+        blocks: int,
+        programs: int = PROGRAMS,
+    ) -> None:
+        import torch
+
+        on = _device_of(source, target)
+        offsets = torch.full((2, blocks), -1, dtype=torch.int64, device=on)
+        self._shape = shape
+        self._programs = programs
+        self._offsets = offsets
+        self._sides = Side(source, offsets[0]), Side(target, offsets[1])
+        self.launch()  # compiles, and puts the tables on the device, before any capture
+
+    def choose(self, source_offsets: Tensor, target_offsets: Tensor) -> None:
+        """The blocks to move: int64 (n,) on the host, n <= blocks. On the current stream.
+
+        Raises GeometryMismatch for a block that leaves its layer, ValueError for too many.
+        """
+        count, room = len(source_offsets), self._offsets.shape[1]
+        if count > room:
+            raise ValueError(f"{count} blocks for a fixed move of at most {room}")
+        for side, offsets in zip(self._sides, (source_offsets, target_offsets), strict=True):
+            require_inside(self._shape, side._replace(offsets=offsets))
+        self._offsets[:, count:].fill_(-1)
+        for row, offsets in zip(self._offsets, (source_offsets, target_offsets), strict=True):
+            row[:count].copy_(offsets)
+
+    def launch(self) -> None:
+        """Move them, on the current stream."""
+        move_blocks(self._shape, *self._sides, programs=self._programs)
+
+
+def _device_of(source: Pool, target: Pool) -> device:
+    """Where a move runs: on a device if one side is there, as the other may be mapped."""
+    on = target.layers[0].device
+    return on if on.type == "cuda" else source.layers[0].device
+
+
+def has_kernel(plan: MovePlan) -> bool:
+    """Whether the kernel can carry a plan out on a CUDA device, or the reference has to."""
+    return plan.is_aligned and find_spec("cupy") is not None
+
+
+def _launch(plan: MovePlan, source: Side, target: Side, on: device, programs: int) -> None:
     import cupy
     import torch
 
-    on = next(layer.device for layer in (*source.layers, *target.layers) if layer.is_cuda)
     stream = torch.cuda.current_stream(on)
-    tables = (
-        _table(tuple(layer.data_ptr() for layer in source.layers), on),
-        _table(tuple(layer.data_ptr() for layer in target.layers), on),
-        _to(source.offsets, on),
-        _to(target.offsets, on),
-        _table(plan.loop_table, on),
-    )
-    pointers = [table.data_ptr() for table in tables]
-    layers, blocks = len(source.layers), len(source.offsets)
+    source, target = (side._replace(offsets=_to(side.offsets, on)) for side in (source, target))
     with cupy.cuda.Device(on.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-        arguments = (*pointers[:4], layers, blocks, pointers[4], plan.vectors, plan.lanes)
-        _kernel()((programs,), (_THREADS,), arguments)
-    for table in tables:  # torch may reuse their memory only after the kernel has read it
-        table.record_stream(stream)
+        arguments = launch_arguments(plan, source, target, on)
+        _kernel()((programs,), (THREADS,), arguments)
+    for side in (source, target):  # torch may reuse their memory only after the kernel has read it
+        side.offsets.record_stream(stream)
+
+
+def launch_arguments(plan: MovePlan, source: Side, target: Side, on: device) -> tuple[int, ...]:
+    """What the kernel is launched with; offsets lie on the device and were checked."""
+    pointers = [
+        source.pool.table(on).data_ptr(),
+        target.pool.table(on).data_ptr(),
+        source.offsets.data_ptr(),
+        target.offsets.data_ptr(),
+    ]
+    layers, blocks = len(source.pool.layers), len(source.offsets)
+    loops = _loops(plan.loop_table, on).data_ptr()
+    return (*pointers, layers, blocks, loops, plan.vectors, plan.lanes)
+
+
+@cache
+def kernel_function(on: device) -> int:
+    """The driver's handle of the kernel in the device's context, for `Driver.launch`."""
+    import cupy
+
+    with cupy.cuda.Device(on.index):
+        return int(_kernel().kernel.ptr)
 
 
 @lru_cache(maxsize=256)
-def _table(numbers: tuple[int, ...], on: device) -> Tensor:
-    """Numbers of a layout on the device; the same few are used for every move."""
+def _loops(numbers: tuple[int, ...], on: device) -> Tensor:
+    """A plan's loops on the device; the same few are used for every move."""
     import torch
 
     return torch.tensor(numbers, dtype=torch.int64, device=on)
@@ -236,25 +391,26 @@ def _to(offsets: Tensor, on: device) -> Tensor:
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def _kernel() -> Any:  # noqa: ANN401 CuPy's
     import cupy
 
     module = cupy.RawModule(code=kernel_source(), options=("-std=c++17",))
-    kernel: Callable[..., None] = module.get_function("move_blocks")
-    return kernel
+    return module.get_function("move_blocks")
 
 
-def _require_inside(shape: BlockShape, side: Side) -> None:
+def require_inside(shape: BlockShape, side: Side) -> None:
     """GeometryMismatch if a block leaves a layer; offsets on a device are the caller's to check."""
     if side.offsets.is_cuda or not len(side.offsets):
         return
     counts = (shape.planes, shape.tokens, shape.heads)
-    steps = (side.arrangement.plane, side.arrangement.token, side.arrangement.head)
+    at = side.pool.arrangement
+    steps = (at.plane, at.token, at.head)
     reach = [(count - 1) * step for count, step in zip(counts, steps, strict=True)]
-    low = int(side.offsets.min()) + sum(part for part in reach if part < 0)
-    high = int(side.offsets.max()) + sum(part for part in reach if part > 0) + shape.head_bytes
-    size = min(layer.numel() for layer in side.layers)
-    if low < 0 or high > size:
+    least, most = int(side.offsets.min()), int(side.offsets.max())
+    low = least + sum(part for part in reach if part < 0)
+    high = most + sum(part for part in reach if part > 0) + shape.head_bytes
+    size = min(layer.numel() for layer in side.pool.layers)
+    if least < -1 or (low < 0 <= least) or (most >= 0 and high > size):
         raise GeometryMismatch(f"blocks at bytes {low} to {high} leave a layer of {size} bytes")
 
 

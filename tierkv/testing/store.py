@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from tierkv.store import Store
+from tierkv.tiers.device import DeviceTier
+from tierkv.tiers.host import HostTier
+from tierkv.transfer.link_profile import PUBLISHED, LinkProfile
+from tierkv.transfer.staging import Staging
+from tierkv.transfer.streams import Streams
 
 
 def abandon(store: Store) -> None:
@@ -22,3 +29,27 @@ def abandon(store: Store) -> None:
     parts.host.close()
     if parts.device is not None:
         parts.device.close()
+
+
+def staging_on(
+    streams: Streams,
+    host: HostTier,
+    device: DeviceTier,
+    *,
+    profile: LinkProfile = PUBLISHED,
+    pinned: int | None = None,
+) -> Staging:
+    """The ring that a store would have on these streams; `pinned` pages of the arena are pinned."""
+    import torch
+
+    limit = host.page_count if pinned is None else pinned
+    return Staging(
+        streams,
+        host.plan,
+        torch.from_numpy(host.pages),
+        device.blocks,
+        profile=profile,
+        regions=lambda pages: np.where(pages < limit, 0, -1),
+        slots=2,
+        slot_bytes=2 * host.plan.warm_page_bytes,
+    )

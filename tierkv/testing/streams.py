@@ -3,22 +3,27 @@
 Every operation is kept with the bytes that it reads and writes. Two of them are ordered if one
 reaches the other along its own queue, or by an event that was recorded and waited for. `races`
 names every pair that touches the same bytes, at least one of them writing, without being ordered.
-`run` carries everything out in one of the orders that a device could choose.
+`run` carries everything out in one of the orders that a device could choose. With `pace` they go on
+by themselves, some operations for each time somebody asks whether an event is done, as a device
+does that works while it is polled.
 
 The happens-before relation is Lamport's (Time, Clocks, and the Ordering of Events, 1978).
 """
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from tierkv.kernels.driver import Copies
 from tierkv.kernels.relayout import BlockShape, Side, move_by_reference
-from tierkv.transfer.streams import Event, Queue
+from tierkv.transfer.streams import Event, Index, Numbers, Queue
 
 
 class Access(NamedTuple):
@@ -49,7 +54,10 @@ class Mark:
     number: int
 
     def query(self) -> bool:
-        """Whether all of them have run."""
+        """Whether all of them have run; if so, what is queued from here on comes after that."""
+        self.streams.go_on()
+        if self.last is not None and self.last in self.streams.done:
+            self.streams.synchronized.add(self.last)
         return self.last is None or self.last in self.streams.done
 
     def synchronize(self) -> None:
@@ -61,28 +69,58 @@ class Mark:
 
 @dataclass(slots=True)
 class RecordingStreams:
-    """See the module. `skip` drops the waits of these numbers, to plant a race."""
+    """See the module. `skip` drops the waits of these numbers, to plant a race.
+
+    `broken_after` makes that many operations the last that run: then every question raises, as
+    after an error of the device.
+    """
 
     skip: frozenset[int] = frozenset()
+    pace: int = 0
+    seed: int = 0
+    broken_after: int | None = None
     operations: list[Operation] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
     synchronized: set[int] = field(default_factory=set)
     waits: int = 0
+    copies: list[tuple[Queue, int, int, bool]] = field(default_factory=list)
+    _uploads: list[Index] = field(default_factory=list)
     _last: dict[str, int] = field(default_factory=dict)
     _pending: dict[str, set[int]] = field(default_factory=dict)
+    _left: list[int] = field(default_factory=list)
     _marks: int = 0
+    _draw: random.Random | None = None
 
-    def copy(self, queue: Queue, target: torch.Tensor, source: torch.Tensor) -> None:
-        """See `Streams.copy`."""
-        assert target.is_contiguous(), "a copy engine takes flat memory"
-        assert source.is_contiguous(), "a copy engine takes flat memory"
-        assert target.shape == source.shape
-        accesses = [_access(source, writes=False), _access(target, writes=True)]
-        self.queue(f"copy of {source.numel()} bytes", queue, accesses, lambda: target.copy_(source))
+    def copy(self, queue: Queue, copies: Copies, *, pinned: bool = True) -> None:
+        """See `Streams.copy`; what is not pinned is carried out as what is."""
+        assert all(vector.dtype == np.int64 for vector in copies), "the driver takes int64"
+        rows = list(zip(*(vector.tolist() for vector in copies), strict=True))
+        accesses = []
+        for target, source, size in rows:
+            assert size > 0, "a driver refuses a copy of nothing"
+            accesses.append(Access(source, source + size, writes=False))
+            accesses.append(Access(target, target + size, writes=True))
+
+        def run() -> None:
+            for target, source, size in rows:
+                ctypes.memmove(target, source, size)
+
+        total = int(copies.sizes.sum())
+        self.copies.append((queue, len(rows), total, pinned))
+        self.queue(f"{len(rows)} copies of {total} bytes", queue, accesses, run)
+
+    def upload(self, queue: Queue, numbers: Numbers) -> Index:
+        """See `Streams.upload`. The numbers are there at once; reading them too soon is a race."""
+        index = Index(torch.from_numpy(numbers.copy()))
+        self._uploads.append(index)  # memory that is freed and used again would look like a race
+        written = [_access(index.numbers, writes=True)]
+        self.queue(f"upload of {len(numbers)} numbers", queue, written, lambda: None)
+        return index
 
     def move(self, queue: Queue, shape: BlockShape, source: Side, target: Side) -> None:
         """See `Streams.move`."""
         accesses = [*_side(shape, source, writes=False), *_side(shape, target, writes=True)]
+        accesses += [_access(side.offsets, writes=False) for side in (source, target)]
 
         def run() -> None:
             move_by_reference(shape, source, target)
@@ -98,6 +136,7 @@ class RecordingStreams:
         if queue in self._last:
             before.add(self._last[queue])
         self.operations.append(Operation(name, queue, accesses, before, run))
+        self._left.append(number)
         self._last[queue] = number
 
     def record(self, queue: str) -> Event:
@@ -139,6 +178,20 @@ class RecordingStreams:
             todo |= self.operations[number].before - found
         return found
 
+    def go_on(self) -> None:
+        """Run `pace` operations that are ready, drawn by the seed."""
+        if self.broken_after is not None and len(self.done) >= self.broken_after:
+            raise RuntimeError("an error of the device, as planted")
+        self._draw = self._draw or random.Random(self.seed)
+        for _ in range(self.pace):
+            self._left = [n for n in self._left if n not in self.done]
+            ready = [n for n in self._left if self.operations[n].before <= self.done]
+            if not ready:
+                return
+            chosen = self._draw.choice(ready)
+            self.operations[chosen].run()
+            self.done.add(chosen)
+
     def run(self, seed: int | None = None, *, only: set[int] | None = None) -> None:
         """Carry out what has not run: in queueing order, or in an order drawn by `seed`."""
         draw = random.Random(seed)
@@ -163,12 +216,19 @@ def _access(memory: torch.Tensor, *, writes: bool) -> Access:
 
 
 def _side(shape: BlockShape, side: Side, *, writes: bool) -> Sequence[Access]:
-    """One access a block and layer; for the arrangements that staging uses a block is a run."""
-    size = shape.planes * shape.tokens * shape.heads * shape.head_bytes
+    """One access for each run of bytes of a block in a layer."""
+    at, size = side.pool.arrangement, shape.head_bytes
+    loops = [(shape.planes, at.plane), (shape.tokens, at.token), (shape.heads, at.head)]
+    while loops and loops[-1][1] == size:
+        size *= loops.pop()[0]
+    starts = [0]
+    for count, step in loops:
+        starts = [start + n * step for start in starts for n in range(count)]
     return [
-        Access(layer.data_ptr() + offset, layer.data_ptr() + offset + size, writes)
-        for layer in side.layers
-        for offset in side.offsets.tolist()
+        Access(base + start, base + start + size, writes)
+        for layer in side.pool.layers
+        for base in (layer.data_ptr() + offset for offset in side.offsets.tolist() if offset >= 0)
+        for start in starts
     ]
 
 

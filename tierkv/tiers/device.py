@@ -19,6 +19,8 @@ import numpy.typing as npt
 from tierkv.core.errors import TierFailed
 from tierkv.core.geometry import PagePlan
 from tierkv.core.tier import Span
+from tierkv.kernels.relayout import BlockShape, PagePool
+from tierkv.tiers.slab import SlabHandle, allocate_slab, export_slab
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,18 +52,30 @@ class DeviceTier:
         wanted = self._wanted
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        shape = (max(1, self.frames) * self.plan.hot_pages_per_block, self.plan.hot_page_bytes)
+        plan = self.plan
+        pages = max(1, self.frames) * plan.hot_pages_per_block
         try:
             self.device = torch.device(wanted)
-            # Written, not only mapped: no first put may pay for page faults (as in the host tier).
-            self.pool = torch.empty(shape, dtype=torch.uint8, device=self.device).zero_()
+            if wanted == "cuda":
+                self.device = torch.device("cuda", torch.cuda.current_device())
+            self.pool = allocate_slab(pages, plan.hot_page_bytes, self.device)
         except (RuntimeError, AssertionError) as error:
             raise TierFailed(
-                f"device tier: cannot take {shape[0] * shape[1]} bytes of {wanted} ({error}); "
-                "lower tiers.device.capacity or change tiers.device.device"
+                f"device tier: cannot take {pages * plan.hot_page_bytes} bytes of {wanted} "
+                f"({error}); lower tiers.device.capacity or change tiers.device.device"
             ) from error
-        if self.pool.is_cuda:
-            torch.cuda.synchronize(self.device)  # other streams may use the slab from here on
+        # A frame is a page of one block; all layers of a block are rows of one layer's bytes.
+        self.blocks = PagePool(
+            self.pool.view(-1),
+            BlockShape(1, 1, 1, plan.block_layer_bytes),
+            layers=plan.layers,
+            page_blocks=1,
+            page_bytes=plan.block_bytes,
+        )
+
+    def share(self) -> SlabHandle:
+        """What another process needs to map the slab; TierFailed where it cannot be shared."""
+        return export_slab(self.pool)
 
     def write(self, spans: Sequence[Span], data: Bytes | Tensor) -> None:
         """Scatter blocks in: `data` uint8 (layers, blocks, block_layer_bytes), any strides."""
@@ -134,6 +148,7 @@ class DeviceTier:
 
     def close(self) -> None:
         """Free the slab."""
+        self.__dict__.pop("blocks", None)
         self.__dict__.pop("pool", None)
 
     def _numbers(self, frames: list[int]) -> Tensor:

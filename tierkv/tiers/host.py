@@ -1,9 +1,11 @@
 """Host tier: warm pages in one arena of our own.
 
 The arena is one anonymous mapping: bound to a NUMA node, advised for huge pages, touched in
-parallel so that no first write pays for page faults, and registered with CUDA in chunks of at
-most 1 GiB where CUDA is there (one huge call can fail, vllm #51080). torch's own pinned allocator
-is not used: it neither binds nor grows that way.
+parallel so that no first write pays for page faults, and registered with CUDA where CUDA is there,
+region after region by a thread of its own: registering takes 0.1 s a GiB, one huge call can fail
+(vllm #51080), and the driver makes others wait for as long as one call takes (TensorRT-LLM #17773).
+The arena is usable meanwhile; `regions` says how far it got. torch's own pinned allocator is not
+used: it neither binds nor grows that way.
 
 Huge pages make copies faster, but on a fragmented host the kernel may compact memory for minutes
 before it gives one (TensorRT-LLM #15431). With ``hugepages="auto"`` the advice is withdrawn for
@@ -20,23 +22,27 @@ import ctypes
 import logging
 import mmap
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tierkv.core.errors import TierFailed
-from tierkv.core.geometry import GIB, MIB, PagePlan
+from tierkv.core.geometry import MIB, PagePlan
 from tierkv.core.tier import Span
 from tierkv.kernels.streaming import STREAM_ALIGN, StreamCopy, stream_copy
 from tierkv.tiers import numa
+from tierkv.tiers.unified import Home
 
 logger = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
+Numbers = npt.NDArray[np.int64]
 
 _MADV_HUGEPAGE: Final = 14
 _MADV_DONTDUMP: Final = 16
@@ -45,7 +51,20 @@ _CHUNK_BYTES: Final = 64 * MIB
 _SLOW_CHUNK_S: Final = 1.0
 #: Smaller copies are absorbed by the last-level cache, and that is faster.
 _STREAM_BYTES_MIN: Final = 8 * MIB
-_REGISTER_BYTES: Final = GIB
+#: One registration takes some 25 ms, so that nobody waits longer.
+_REGION_BYTES: Final = 256 * MIB
+
+
+class Registrar(Protocol):
+    """What pins memory: the CUDA driver, bound to a device. Both raise RuntimeError."""
+
+    def host_register(self, address: int, size_bytes: int) -> None:
+        """Pin memory and map it for kernels."""
+        ...
+
+    def host_unregister(self, address: int) -> None:
+        """Undo it, for the same address."""
+        ...
 
 
 class HostTier:
@@ -59,15 +78,25 @@ class HostTier:
         node: int | None = None,
         hugepages: Literal["off", "auto", "advise"] = "auto",
         threads: int = 0,
-        cuda: bool = False,
+        registrar: Registrar | None = None,
+        register_threads: int = 1,
+        home: Home | None = None,
     ) -> None:
         self.plan = plan
         self.page_count = pages
         self._node = node
         self._hugepages = hugepages
         self._threads = threads or min(8, os.cpu_count() or 1)
-        self._cuda = cuda
-        self._registered: list[int] = []
+        self._home = home  # coherent memory: nothing is registered
+        self._registrar = None if home else registrar
+        self._register_threads = register_threads
+        page = plan.warm_page_bytes  # regions of whole pages: no copy may leave its region
+        self._region_pages = max(1, _REGION_BYTES // page)
+        self._is_pinned: npt.NDArray[np.bool_] = np.zeros(
+            -(-max(1, pages) // self._region_pages), np.bool_
+        )
+        self._closing = threading.Event()
+        self._registering: threading.Thread | None = None
         self._map: mmap.mmap | None = None
         self._copy: StreamCopy | None = None
 
@@ -92,8 +121,39 @@ class HostTier:
         self._plane = plan.warm_page_blocks * plan.block_layer_bytes
         # Rows of the arena are whole lines, so that each may be a target; see `_stream`.
         self._copy = stream_copy() if plan.block_layer_bytes % STREAM_ALIGN == 0 else None
-        if self._cuda:
-            self._register(arena)
+        if self._home is not None:
+            self._home.keep(self._base, size)
+            self._is_pinned[:] = True
+        if self._registrar is not None:
+            work = partial(self._register, self._registrar)
+            self._registering = threading.Thread(target=work, name="tierkv-register", daemon=True)
+            self._registering.start()
+
+    def regions(self, pages: Numbers) -> Numbers:
+        """The pinned region of each page, -1 where it is not pinned (yet): int64 (n,)."""
+        region = pages // self._region_pages
+        return np.where(self._is_pinned[region], region, -1)
+
+    @property
+    def pinned_pages(self) -> int:
+        """Pages that are pinned by now."""
+        whole = int(self._is_pinned.sum()) * self._region_pages
+        return min(whole, max(1, self.page_count))
+
+    def recall_strayed(self) -> int:
+        """Send back what a coherent device has drawn into its own memory; how much it was."""
+        if self._home is None:
+            return 0
+        strayed = self._home.strayed_bytes(self._base)
+        if strayed:
+            logger.warning("host arena strayed into device memory bytes=%d", strayed)
+            self._home.recall(self._base, self.pages.nbytes)
+        return strayed
+
+    def wait_until_registered(self) -> None:
+        """Until no more is going to be pinned."""
+        if self._registering is not None:
+            self._registering.join()
 
     def write(self, spans: Sequence[Span], data: Bytes) -> None:
         """Copy blocks in: `data` (layers, blocks, block_layer_bytes), any strides."""
@@ -149,9 +209,16 @@ class HostTier:
 
     def close(self) -> None:
         """Give the memory back. Views of it must be gone."""
-        for address in self._registered:
-            _cudart().cudaHostUnregister(address)
-        self._registered.clear()
+        self._closing.set()
+        self.wait_until_registered()
+        for region in np.flatnonzero(self._is_pinned):
+            self._is_pinned[region] = False
+            if self._registrar is None:
+                continue
+            try:
+                self._registrar.host_unregister(self._region(int(region))[0])
+            except RuntimeError as error:
+                logger.warning("unregister failed error=%s", error)
         self.__dict__.pop("blocks", None)
         self.__dict__.pop("pages", None)
         if self._map is not None:
@@ -181,15 +248,29 @@ class HostTier:
         with ThreadPoolExecutor(self._threads, "tierkv-touch") as pool:
             list(pool.map(touch, range(0, size, _CHUNK_BYTES)))
 
-    def _register(self, arena: Bytes) -> None:
-        for start in range(0, arena.nbytes, _REGISTER_BYTES):
-            address = arena.ctypes.data + start
-            count = min(_REGISTER_BYTES, arena.nbytes - start)
-            code = int(_cudart().cudaHostRegister(address, count, 3))  # portable | mapped
-            if code:
-                logger.warning("cudaHostRegister refused code=%d bytes=%d", code, count)
+    def _register(self, registrar: Registrar) -> None:
+        """Pin region after region; the first refusal ends it, the rest stays pageable."""
+
+        def pin(region: int) -> None:
+            if self._closing.is_set():
                 return
-            self._registered.append(address)
+            try:
+                registrar.host_register(*self._region(region))
+            except RuntimeError as error:
+                self._closing.set()
+                logger.warning("pinning ended early region=%d error=%s", region, error)
+            else:
+                self._is_pinned[region] = True
+
+        with ThreadPoolExecutor(self._register_threads, "tierkv-register") as pool:
+            list(pool.map(pin, range(len(self._is_pinned))))
+
+    def _region(self, number: int) -> tuple[int, int]:
+        """Address and bytes."""
+        start = number * self._region_pages
+        stop = min(start + self._region_pages, max(1, self.page_count))
+        size = self.plan.warm_page_bytes
+        return self._base + start * size, (stop - start) * size
 
 
 def _is_line_aligned(out: Bytes) -> bool:
@@ -204,17 +285,3 @@ def _advise(address: int, size_bytes: int, advice: int) -> bool:
         ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), ctypes.c_int(advice)
     )
     return bool(result == 0)
-
-
-class _Cudart(Protocol):
-    """The two calls of the CUDA runtime that are used here."""
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int: ...  # noqa: N802
-    def cudaHostUnregister(self, address: int) -> int: ...  # noqa: N802
-
-
-def _cudart() -> _Cudart:
-    import torch
-
-    runtime: _Cudart = torch.cuda.cudart()
-    return runtime

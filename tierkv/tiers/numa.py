@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import platform
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 logger = logging.getLogger(__name__)
 
-_SYSFS_NODES: Final = Path("/sys/devices/system/node")
-_SYSFS_PCI: Final = Path("/sys/bus/pci/devices")
+SYSFS_NODES: Final = Path("/sys/devices/system/node")
+SYSFS_PCI: Final = Path("/sys/bus/pci/devices")
 _MBIND: Final = {"x86_64": 237, "aarch64": 235}
 _MPOL_BIND: Final = 2
+_ON_NODE: Final = re.compile(r"\bN(\d+)=(\d+)")
 
 
-def nodes(root: Path = _SYSFS_NODES) -> dict[int, list[int]]:
+def nodes(root: Path = SYSFS_NODES) -> dict[int, list[int]]:
     """The memory nodes and their CPUs; {} where the system does not say."""
     found: dict[int, list[int]] = {}
     for entry in sorted(root.glob("node[0-9]*")):
@@ -43,13 +46,34 @@ def parse_cpus(text: str) -> list[int]:
     return cpus
 
 
-def node_of_pci(address: str, root: Path = _SYSFS_PCI) -> int | None:
+def node_of_pci(address: str, root: Path = SYSFS_PCI) -> int | None:
     """The node of a PCI device such as ``0000:17:00.0``; None where it is not known."""
     try:
         node = int((root / address.lower() / "numa_node").read_text())
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
+
+
+def node_bytes(node: int, root: Path = SYSFS_NODES) -> int:
+    """All memory of a node; 0 where the system does not say."""
+    try:
+        text = (root / f"node{node}" / "meminfo").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"MemTotal:\s+(\d+) kB", text)
+    return int(found[1]) * 1024 if found else 0
+
+
+def mapping_bytes(numa_maps: str, address: int) -> dict[int, int]:
+    """Bytes on each node of the mapping that begins at `address`, from /proc/PID/numa_maps."""
+    for line in numa_maps.splitlines():
+        start, _, rest = line.partition(" ")
+        if start and int(start, 16) == address:
+            size = re.search(r"kernelpagesize_kB=(\d+)", rest)
+            page = int(size[1]) * 1024 if size else mmap.PAGESIZE
+            return {int(node): int(count) * page for node, count in _ON_NODE.findall(rest)}
+    return {}
 
 
 def backend() -> str:

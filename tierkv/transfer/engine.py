@@ -8,8 +8,10 @@ A batch whose deadline passed, or that was cancelled, ends as cancelled as far a
 An exception of a tier ends at the lane: it becomes "these pages did not arrive". Any thread.
 
 Lanes: `read` and `write` move pages from and to the cold tier, `check` verifies what was read,
-`device` copies blocks between device and host. Two pieces are read at a time: large requests fill a
-device, and those that end one after the other are verified while the next are under way.
+`device` copies blocks between device and host; on CUDA it starts copies and kernels and asks for
+their events, so that nothing waits inside of the driver. Two pieces are read at a time: large
+requests fill a disk, and those that end one after the other are verified while the next are under
+way.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from tierkv.core.errors import TierKVError
-from tierkv.core.geometry import PagePlan
+from tierkv.core.geometry import MIB, PagePlan
 from tierkv.core.stats import Stats
 from tierkv.core.tier import Span, TierId
 from tierkv.core.transfer import Outcome, Transfer, Urgency
@@ -34,14 +36,16 @@ from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.host import HostTier
 from tierkv.tiers.segments import SegmentTier
 from tierkv.transfer.bandwidth import LinkEstimate
-from tierkv.transfer.lane import Job, Lane
-from tierkv.transfer.staging import Staging, page_moves
-from tierkv.transfer.streams import CudaStreams
+from tierkv.transfer.lane import Follow, Job, Lane, PolledLane, Started
+from tierkv.transfer.staging import Staging
 
 logger = logging.getLogger(__name__)
 
 Link = tuple[TierId, TierId]
 T = TypeVar("T")
+
+#: More on the way to or from a device only makes what is urgent wait: this is over 1 ms of a link.
+_DEVICE_INFLIGHT_BYTES: Final = 128 * MIB
 
 
 class Result(NamedTuple):
@@ -72,6 +76,7 @@ class TransferEngine:
         host: HostTier,
         *,
         device: DeviceTier | None = None,
+        staging: Staging | None = None,
         cold: SegmentTier | None = None,
         threads: int = 8,
         inflight_bytes_max: int = 256 << 20,
@@ -90,7 +95,7 @@ class TransferEngine:
         self.ended = 0
         self.links: dict[Link, LinkEstimate] = {}
         self.stats = Stats()
-        self._staging: Staging | None = None
+        self._staging = staging
         self._lanes: dict[str, Lane] = {}
         lanes: dict[str, tuple[int, int]] = {}  # threads, most bytes in flight
         if cold is not None:
@@ -98,10 +103,11 @@ class TransferEngine:
             lanes["write"] = (threads, inflight_bytes_max)
             # Verifying is bound by memory: a thread for each core would only hold up the others.
             lanes["check"] = (max(1, min(4, (os.cpu_count() or 1) // 2)), 0)
-        if device is not None:
-            lanes["device"] = (1, inflight_bytes_max)
         for name, (count, bytes_max) in lanes.items():
             self._lanes[name] = Lane(name, threads=count, inflight_bytes_max=bytes_max)
+        if device is not None:
+            bytes_max = min(inflight_bytes_max, _DEVICE_INFLIGHT_BYTES)
+            self._lanes["device"] = PolledLane("device", inflight_bytes_max=bytes_max)
 
     def submit(self, transfer: Transfer, *, deadline_ns: int | None = None) -> None:
         """Start a transfer; its result comes by `poll`. `deadline_ns` is monotonic time."""
@@ -163,6 +169,7 @@ class TransferEngine:
         """Let everything queued end, then join the threads."""
         for lane in self._lanes.values():
             lane.close()
+        self._staging = None  # it holds views of both memories
 
     # ---- the work
 
@@ -183,10 +190,10 @@ class TransferEngine:
             return "read"
         return "write" if transfer.target is TierId.COLD else "device"
 
-    def _job(self, batch: _Batch, piece: Sequence[int]) -> Callable[[], Callable[[], None] | None]:
+    def _job(self, batch: _Batch, piece: Sequence[int]) -> Callable[[], Follow | Started | None]:
         """Carry out one piece; what it gives back settles it, or has another lane verify it."""
 
-        def run() -> Callable[[], None] | None:
+        def run() -> Follow | Started | None:
             now = time.monotonic_ns()
             with batch.lock:
                 batch.started_ns = batch.started_ns or now
@@ -195,6 +202,8 @@ class TransferEngine:
             if not begin:
                 self._finish(batch)
                 return None
+            if self._staging is not None and self._lane_of(batch.transfer) == "device":
+                return self._start(batch, piece, self._staging)
             verify = self._attempt(lambda: self._carry(batch.transfer, piece))
             if verify is None or batch.transfer.source is not TierId.COLD:
                 return lambda: self._settle(batch, piece, verify)
@@ -265,12 +274,29 @@ class TransferEngine:
             self._copy_blocks(transfer, [(move.source, move.target) for move in moves])
         return lambda: [True] * len(moves)
 
+    def _start(self, batch: _Batch, piece: Sequence[int], staging: Staging) -> Follow | Started:
+        """Start a piece between host and device; it is settled when its event is done."""
+        transfer = batch.transfer
+        device = self._device
+        assert device is not None
+        moves = [transfer.moves[position] for position in piece]
+        ends = np.array([(move.source, move.target) for move in moves], np.int64)
+        is_down = transfer.source is TierId.DEVICE
+        work = staging.save if is_down else staging.load
+        frames, places = ends.T if is_down else ends.T[::-1]
+        event = self._attempt(lambda: work(places, frames, after=device.marks()))
+        if event is None:
+            # What was queued before it failed may still write: nobody else may have those places.
+            self._attempt(staging.drain)
+            return lambda: self._settle(batch, piece, None)
+        arrived = [True] * len(moves)
+        return Started(
+            event, lambda ok: self._settle(batch, piece, (lambda: arrived) if ok else None)
+        )
+
     def _copy_blocks(self, transfer: Transfer, places: list[tuple[int, int]]) -> None:
-        """Between device frames and host places."""
+        """Between frames in host memory and host places."""
         assert self._device is not None
-        if self._device.pool.is_cuda:
-            self._stage_blocks(transfer, places)
-            return
         plan = self._plan
         size = plan.warm_page_blocks
         stage = np.empty((plan.layers, len(places), plan.block_layer_bytes), np.uint8)
@@ -284,21 +310,6 @@ class TransferEngine:
             frames = [Span(i, target, 0, 1) for i, (_, target) in enumerate(places)]
             self._host.read(rooms, stage)
             self._device.write(frames, stage)
-
-    def _stage_blocks(self, transfer: Transfer, places: list[tuple[int, int]]) -> None:
-        """On CUDA: whole warm pages over the link, through the ring; on the lane's one thread."""
-        import torch
-
-        assert self._device is not None
-        if self._staging is None:
-            host = torch.from_numpy(self._host.pages)
-            streams = CudaStreams(self._device.device)
-            self._staging = Staging(streams, self._plan, host, self._device.pool)
-        staging = self._staging
-        is_down = transfer.source is TierId.DEVICE
-        moves = page_moves(places, self._plan.warm_page_blocks, host_first=not is_down)
-        work = staging.save if is_down else staging.load
-        work(moves, after=self._device.marks()).synchronize()
 
 
 def _staggered(pieces: Sequence[Sequence[int]]) -> list[Sequence[int]]:

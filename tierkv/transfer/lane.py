@@ -1,5 +1,8 @@
 """Lane: a few named worker threads and three queues of jobs, one per urgency.
 
+A `PolledLane` has one thread, whose jobs only start something: it asks for all that is under way
+whether it is done, and sleeps in between, so that no thread waits inside of a driver.
+
 Jobs of a more urgent queue always go first, in the order in which they came. Bytes in flight are
 bounded: a job starts when nothing is under way, or when it keeps what is within the bound. So with
 a small bound requests end one after the other rather than all at once.
@@ -7,24 +10,45 @@ a small bound requests end one after the other rather than all at once.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Final, NamedTuple, TypeAlias
 
 from tierkv.core.transfer import Urgency
+from tierkv.transfer.streams import Event
+
+logger = logging.getLogger(__name__)
+
+#: How long the polled lane sleeps: from the first, doubled while nothing ends, up to the second.
+_POLL_S: Final = (50e-6, 400e-6)
+
+
+class Started(NamedTuple):
+    """Something a device does: `then(ok)` is called once when `event` is done, or failed."""
+
+    event: Event
+    then: Callable[[bool], object]
+
+
+Follow: TypeAlias = Callable[[], object]
 
 
 @dataclass(slots=True)
 class Job:
     """A piece of a batch: `run` moves `size_bytes`; it must not raise.
 
-    What it gives back is called next, when the bytes are no longer in flight.
+    What it gives back is called next, when the bytes are no longer in flight. On a polled lane it
+    may give back `Started`; then they are in flight until its event is done.
     """
 
     batch: int
     size_bytes: int
-    run: Callable[[], Callable[[], object] | None]
+    run: Callable[[], Follow | Started | None]
 
 
 class Lane:
@@ -71,15 +95,23 @@ class Lane:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             then = job.run()
-            with self._wake:
-                self._inflight_bytes -= job.size_bytes
-                if then is not None:
-                    self._wake.notify()  # what we gave back may be room for another
-            if then is not None:
-                then()
+            assert not isinstance(then, Started), "only a polled lane can wait for events"
+            self._end(job, then)
 
-    def _next(self) -> Job | None:
-        """Take the next job that fits, waiting for one; None when closed and empty."""
+    def _end(self, job: Job, then: Follow | None) -> None:
+        """Its bytes are no longer in flight; go on with what it gave back."""
+        with self._wake:
+            self._inflight_bytes -= job.size_bytes
+            if then is not None:
+                self._wake.notify()  # what we gave back may be room for another
+        if then is not None:
+            then()
+
+    def _next(self, wait_s: float | None = None) -> Job | None:
+        """Take the next job that fits, waiting for one; None when closed and empty.
+
+        With `wait_s` it waits no longer than that, and None may mean that the time is over.
+        """
         with self._wake:
             while True:
                 queue = next((queue for queue in self._queues.values() if queue), None)
@@ -91,10 +123,58 @@ class Lane:
                     return job
                 if self._closed and queue is None:
                     return None
-                self._wake.wait()
+                if wait_s == 0:
+                    return None
+                self._wake.wait(wait_s)
+                wait_s = None if wait_s is None else 0
 
     def _fits(self, job: Job) -> bool:
         in_flight = self._inflight_bytes
         if not in_flight or self._closed:
             return True
         return in_flight + job.size_bytes <= self._inflight_bytes_max
+
+
+class PolledLane(Lane):
+    """One thread that starts jobs and asks for what is under way; see the module."""
+
+    def __init__(self, name: str, *, inflight_bytes_max: int) -> None:
+        self._under_way: list[tuple[Job, Started]] = []
+        super().__init__(name, threads=1, inflight_bytes_max=inflight_bytes_max)
+
+    def _work(self) -> None:
+        pause, most = _POLL_S
+        sleep = pause
+        while True:
+            job = self._next(sleep if self._under_way else None)
+            if job is not None:
+                then = job.run()
+                if isinstance(then, Started):
+                    self._under_way.append((job, then))
+                    sleep = pause
+                else:
+                    self._end(job, then)
+            elif not self._under_way:
+                return  # closed, and all is done
+            elif self._closed:
+                time.sleep(sleep)  # nothing comes any more: `_next` does not wait
+            sleep = pause if self._poll() else min(most, 2 * sleep)
+
+    def _poll(self) -> bool:
+        """End what is done; whether something was."""
+        left: list[tuple[Job, Started]] = []
+        done: list[tuple[Job, Follow]] = []
+        for job, started in self._under_way:
+            try:
+                ended, ok = started.event.query(), True
+            except Exception:  # the device is lost: what was under way did not arrive
+                logger.exception("transfer failed on the device")
+                ended, ok = True, False
+            if ended:
+                done.append((job, partial(started.then, ok)))
+            else:
+                left.append((job, started))
+        self._under_way = left
+        for job, then in done:
+            self._end(job, then)
+        return bool(done)

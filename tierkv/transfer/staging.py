@@ -1,16 +1,21 @@
-"""Staging: warm pages of host memory to hot pages on the device and back, at the speed of the link.
+"""Staging: blocks of warm pages in host memory to places on the device and back, at link speed.
 
 A link is fast for large copies and very slow for many small ones, while the device itself moves
-small pieces at the speed of its memory. So a warm page crosses the link whole, into or out of a
-slot of a ring on the device, and a kernel spreads it over hot pages or gathers it from them.
+small pieces at the speed of its memory. So a warm page crosses the link as few large copies, into
+or out of a slot of a ring on the device, and a kernel spreads it over hot pages or gathers it from
+them. Where only a little of a page is wanted, the kernel reads or writes mapped host memory itself.
+Which way is the fastest for a page is reckoned from the measured `LinkProfile`:
+
+- `Route.PAGE`: the whole page is copied, joined with its neighbours (only up);
+- `Route.RUNS`: only the wanted blocks, a copy for each run of them in each layer;
+- `Route.MAPPED`: the kernel alone, between host memory and the device.
 
 A slot's life, going up, with four slots so that copies and kernels overlap:
 
 1. TO_DEVICE waits until the slot's last reader, a kernel, is done, and copies pages into it.
 2. RELAYOUT waits for the copies and spreads the blocks over their frames.
 
-Going down, the kernel writes the slot and the copies read it, and both wait the other way round;
-only the blocks that were asked for are copied, to their own places.
+Going down, the kernel writes the slot and the copies read it, and both wait the other way round.
 
 Invariants: a slot is written only after its last reader, and read only after its writer. Frames
 are touched only after `after`, the events of who computed them or read them last. What is in host
@@ -19,37 +24,62 @@ memory may be touched by the host only after the event that a call gives. Single
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from tierkv.core.errors import GeometryMismatch
 from tierkv.core.geometry import MIB, PagePlan
-from tierkv.kernels.relayout import Arrangement, BlockShape, Side
-from tierkv.transfer.streams import Event, Queue, Streams
+from tierkv.kernels.driver import Copies
+from tierkv.kernels.relayout import Arrangement, BlockShape, PagePool, Pool, Side
+from tierkv.transfer.link_profile import PUBLISHED, LinkProfile
+from tierkv.transfer.page_batch import Flags, Numbers, PageBatch
+from tierkv.transfer.streams import Event, Index, Queue, Streams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SLOTS: Final = 4
-SLOT_BYTES: Final = 8 * MIB
+SLOT_BYTES: Final = 16 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class PageMove:
-    """Blocks of one warm page and their frames; `offsets` and `frames` go pairwise."""
+class Route(IntEnum):
+    """How blocks of a page cross the link; see the module."""
 
-    page: int
-    offsets: list[int]
-    frames: list[int]
+    PAGE = 0
+    RUNS = 1
+    MAPPED = 2
+
+
+class BlockPool(Protocol):
+    """Where blocks lie on the device: the slab of hot pages, or an engine's own paged cache."""
+
+    shape: BlockShape
+    pool: Pool
+
+    def offsets(self, blocks: Numbers) -> Numbers:
+        """Where these blocks begin in every layer: int64 (n,)."""
+        ...
+
+
+class _Copies(NamedTuple):
+    """All copies of a batch, by page: `slot` from a slot's start, `host` an address."""
+
+    slot: Numbers
+    host: Numbers
+    sizes: Numbers
+    pages: Numbers  # the page's position in the batch
+    regions: Numbers | None
 
 
 class Staging:
-    """A ring of device slots of a few warm pages, between an arena and a slab of hot pages.
+    """A ring of device slots of a few warm pages, between an arena and blocks on the device.
 
-    `host`: uint8 (pages, warm_page_bytes), pinned. `slab`: uint8, hot pages of all frames.
+    `host`: uint8 (pages, warm_page_bytes). `frames`: where blocks lie on the device. `regions`
+    gives the number of the pinned region that a page of the arena lies in, -1 while it lies in
+    none; a copy must not leave its region. Without it the arena is one pinned region.
     """
 
     def __init__(
@@ -57,161 +87,334 @@ class Staging:
         streams: Streams,
         plan: PagePlan,
         host: Tensor,
-        slab: Tensor,
+        frames: BlockPool,
         *,
+        profile: LinkProfile = PUBLISHED,
+        regions: Callable[[Numbers], Numbers] | None = None,
         slots: int = SLOTS,
         slot_bytes: int = SLOT_BYTES,
     ) -> None:
         import torch
 
+        self.profile = profile
+        self._full_page_route = {
+            queue: _full_page_route(profile, queue, plan.warm_payload_bytes)
+            for queue in (Queue.TO_DEVICE, Queue.TO_HOST)
+        }
+        self.moved_bytes = dict.fromkeys(Route, 0)
         self._streams = streams
         self._plan = plan
         self._host = host
-        self._slab = slab.view(-1)
-        shape = (slots, max(1, slot_bytes // plan.warm_page_bytes), plan.warm_page_bytes)
-        self._slots = torch.empty(shape, dtype=torch.uint8, device=slab.device)
+        self._frames = frames
+        self._regions = regions
+        self._slot_pages = max(1, slot_bytes // plan.warm_page_bytes)
+        self._apart = len(frames.pool.layers) // plan.layers
+        size = self._slot_pages * plan.warm_page_bytes
+        memory = torch.empty((slots, size), dtype=torch.uint8, device=frames.pool.layers[0].device)
+        self._slots = [self._pages_in(slot) for slot in memory]
+        self._addresses = [slot.data_ptr() for slot in memory]
+        # For a layer at a time: the same slots, a page in them being one layer of a warm page.
+        self._layer_bytes = plan.warm_page_blocks * plan.block_layer_bytes
+        self._layer_slots = [self._pages_in(slot, layers=1) for slot in memory]
+        self._arena = self._pages_in(host.view(-1))
         self._released: list[Event | None] = [None] * slots
         self._next = 0
-        # All layers of one block are moved as rows of one layer's bytes.
-        self._shape = BlockShape(1, 1, 1, plan.block_layer_bytes)
-        self._lies = Arrangement.canonical(self._shape)
+        self._count = len(host) * plan.warm_page_blocks
+        self._frames_end = _last_offset(frames)
 
-    def load(self, moves: Sequence[PageMove], *, after: Sequence[Event] = ()) -> Event:
+    def load(self, places: Numbers, frames: Numbers, *, after: Sequence[Event] = ()) -> Event:
         """Bring blocks up; the event is when all of their frames hold them.
 
-        `after`: who read or wrote those frames before. Without it they must be done with them.
+        `places`: where they are in the arena, ``page * warm_page_blocks + offset``; pairwise with
+        `frames`, int64 (n,), none twice. `after`: who read or wrote those frames before. Raises
+        GeometryMismatch for places or frames that do not exist; then nothing was started.
         """
-        for event in after:
-            self._streams.wait(Queue.RELAYOUT, event)
-        for group in self._groups(moves):
-            number, slot = self._take(Queue.TO_DEVICE)
-            for index, move in enumerate(group):
-                self._streams.copy(Queue.TO_DEVICE, slot[index], self._host[move.page])
-            self._streams.wait(Queue.RELAYOUT, self._streams.record(Queue.TO_DEVICE))
-            self._move(self._in_slot(slot, group), self._in_slab(group))
-            self._released[number] = self._streams.record(Queue.RELAYOUT)
-        return self._streams.record(Queue.RELAYOUT)
+        batch = self._batch(places, frames)
+        self._wait_for(after)
+        routes = self._routes(Queue.TO_DEVICE, batch)
+        staged = routes != Route.MAPPED
+        with _Indices(self._streams) as indices:
+            if not staged.all():
+                self._move_mapped(batch.only(~staged), indices, is_up=True)
+            if staged.any():
+                self._load_staged(batch.only(staged), routes[staged] == Route.PAGE, indices)
+        return indices.end
 
-    def load_layers(self, moves: Sequence[PageMove], *, after: Sequence[Event] = ()) -> list[Event]:
+    def save(self, places: Numbers, frames: Numbers, *, after: Sequence[Event] = ()) -> Event:
+        """Bring blocks down; the event is when all of their places in host memory hold them.
+
+        As `load`. `after`: what computed them. Without it they must have been complete before.
+        """
+        batch = self._batch(places, frames)
+        self._wait_for(after)
+        staged = self._routes(Queue.TO_HOST, batch) != Route.MAPPED
+        with _Indices(self._streams) as indices:
+            if not staged.all():
+                self._move_mapped(batch.only(~staged), indices, is_up=False)
+            if staged.any():
+                return self._save_staged(batch.only(staged), indices)
+        return indices.end
+
+    def load_layers(
+        self, places: Numbers, frames: Numbers, *, after: Sequence[Event] = ()
+    ) -> list[Event]:
         """As `load`, layer after layer: event i is when all frames hold layer i.
 
         Attention of a layer can begin while the next ones cross the link. A layer of a warm page is
-        one run; where it is smaller than 64 KiB the link is used badly, and `load` is better.
+        one run; where it is smaller than the crossover `load` is better.
         """
-        plan = self._plan
-        for event in after:
-            self._streams.wait(Queue.RELAYOUT, event)
-        step = plan.warm_page_blocks * plan.block_layer_bytes
-        room = self._slots[0].numel() // step
-        groups = [moves[at : at + room] for at in range(0, len(moves), room)]
+        plan, step = self._plan, self._layer_bytes
+        batch = self._batch(places, frames)
+        self._wait_for(after)
+        room = self._slot_pages * plan.layers
+        rank = np.arange(len(batch.pages), dtype=np.int64) % room * step
+        offsets = np.repeat(rank, batch.count) + batch.within * plan.block_layer_bytes
+        host = self._host.data_ptr() + batch.pages * plan.warm_page_bytes
+        size = np.full(len(rank), step, np.int64)
+        regions = None if self._regions is None else self._regions(batch.pages)
+        copies = _Copies(rank, host, size, np.arange(len(rank)), regions)
         events = []
-        for layer in range(plan.layers):
-            part = slice(layer * step, (layer + 1) * step)
-            for group in groups:
-                number, slot = self._take(Queue.TO_DEVICE)
-                runs = slot.view(-1)[: room * step].view(room, step)
-                for index, move in enumerate(group):
-                    self._streams.copy(Queue.TO_DEVICE, runs[index], self._host[move.page, part])
-                self._streams.wait(Queue.RELAYOUT, self._streams.record(Queue.TO_DEVICE))
-                places = [
-                    index * step + offset * plan.block_layer_bytes
-                    for index, move in enumerate(group)
-                    for offset in move.offsets
-                ]
-                frames = self._in_slab(group)
-                self._move(
-                    self._side([slot.view(-1)], places),
-                    frames._replace(layers=frames.layers[layer : layer + 1]),
-                )
-                self._released[number] = self._streams.record(Queue.RELAYOUT)
-            events.append(self._streams.record(Queue.RELAYOUT))
+        with _Indices(self._streams) as indices:
+            slot, frame = indices.put(Queue.TO_DEVICE, offsets, batch.frames)
+            for layer in range(plan.layers):
+                layers = self._frames.pool.part(layer * self._apart, (layer + 1) * self._apart)
+                of_layer = copies._replace(host=host + layer * step)
+                for pages, blocks in self._groups(batch, room):
+                    number = self._take(Queue.TO_DEVICE)
+                    self._copy(Queue.TO_DEVICE, of_layer, pages, number)
+                    self._streams.wait(Queue.RELAYOUT, self._streams.record(Queue.TO_DEVICE))
+                    self._streams.move(
+                        Queue.RELAYOUT,
+                        self._frames.shape,
+                        Side(self._layer_slots[number].pool, slot[blocks]),
+                        Side(layers, frame[blocks]),
+                    )
+                    self._released[number] = self._streams.record(Queue.RELAYOUT)
+                events.append(self._streams.record(Queue.RELAYOUT))
+        self.moved_bytes[Route.PAGE] += len(batch.pages) * plan.warm_payload_bytes
         return events
 
-    def save(self, moves: Sequence[PageMove], *, after: Sequence[Event] = ()) -> Event:
-        """Bring blocks down; the event is when all of their places in host memory hold them.
+    def drain(self) -> None:
+        """Wait until nothing is under way."""
+        for queue in Queue:
+            self._streams.record(queue).synchronize()
 
-        `after`: what computed them. Without it they must have been complete before the call.
-        """
-        for event in after:
-            self._streams.wait(Queue.RELAYOUT, event)
-        for group in self._groups(moves):
-            number, slot = self._take(Queue.RELAYOUT)
-            self._move(self._in_slab(group), self._in_slot(slot, group))
-            self._streams.wait(Queue.TO_HOST, self._streams.record(Queue.RELAYOUT))
-            for index, move in enumerate(group):
-                for start, stop in self._runs(move.offsets):
-                    self._streams.copy(
-                        Queue.TO_HOST, self._host[move.page, start:stop], slot[index, start:stop]
-                    )
-            self._released[number] = self._streams.record(Queue.TO_HOST)
-        return self._streams.record(Queue.TO_HOST)
+    # ---- routes
 
-    def _take(self, queue: Queue) -> tuple[int, Tensor]:
+    def _routes(self, queue: Queue, batch: PageBatch) -> Numbers:
+        """The fastest route of each page, by the profile."""
+        plan, count = self._plan, batch.count
+        routes = np.full(len(count), self._full_page_route[queue], np.int64)
+        partial = count != plan.warm_page_blocks
+        if partial.any():
+            routes[partial] = self._partial_routes(queue, batch.only(partial))
+        if self._regions is not None:
+            routes[(routes == Route.MAPPED) & (self._regions(batch.pages) < 0)] = Route.RUNS
+        crossed = np.where(routes == Route.PAGE, plan.warm_page_blocks, count)
+        blocks = np.bincount(routes, crossed, minlength=len(Route))
+        for route in Route:
+            self.moved_bytes[route] += int(blocks[route]) * plan.block_bytes
+        return routes
+
+    def _partial_routes(self, queue: Queue, batch: PageBatch) -> Numbers:
+        plan, way = self._plan, self.profile.of(queue)
+        wanted = batch.count * plan.block_bytes
+        pieces = np.bincount(batch.runs()[0], minlength=len(wanted)) * plan.layers
+        by_runs = way.copy_seconds(wanted // pieces, wanted)
+        mapped = wanted / way.kernel
+        routes = np.where(mapped < by_runs, Route.MAPPED, Route.RUNS)
+        if queue is Queue.TO_DEVICE:
+            page = np.array([plan.warm_payload_bytes])
+            is_page = way.copy_seconds(page, page) <= np.minimum(mapped, by_runs)
+            routes = np.where(is_page, Route.PAGE, routes)
+        return routes
+
+    def _move_mapped(self, batch: PageBatch, indices: _Indices, *, is_up: bool) -> None:
+        """By the kernel alone, between the arena and the frames."""
+        plan = self._plan
+        page = np.repeat(batch.pages * plan.warm_page_bytes, batch.count)
+        places = page + batch.within * plan.block_layer_bytes
+        host, frame = indices.put(Queue.RELAYOUT, places, batch.frames)
+        sides = Side(self._arena.pool, host), Side(self._frames.pool, frame)
+        source, target = sides if is_up else reversed(sides)
+        self._streams.move(Queue.RELAYOUT, self._frames.shape, source, target)
+
+    def _load_staged(self, batch: PageBatch, whole: Flags, indices: _Indices) -> None:
+        streams, shape = self._streams, self._frames.shape
+        whole = whole | (batch.count == self._plan.warm_page_blocks)
+        copies = self._copies(batch, whole, self._plan.warm_page_bytes)
+        slot, frame = indices.put(Queue.TO_DEVICE, self._slot_offsets(batch), batch.frames)
+        for pages, blocks in self._groups(batch, self._slot_pages):
+            number = self._take(Queue.TO_DEVICE)
+            self._copy(Queue.TO_DEVICE, copies, pages, number)
+            streams.wait(Queue.RELAYOUT, streams.record(Queue.TO_DEVICE))
+            source = Side(self._slots[number].pool, slot[blocks])
+            streams.move(Queue.RELAYOUT, shape, source, Side(self._frames.pool, frame[blocks]))
+            self._released[number] = streams.record(Queue.RELAYOUT)
+
+    def _save_staged(self, batch: PageBatch, indices: _Indices) -> Event:
+        streams, shape = self._streams, self._frames.shape
+        # Without its padding, which would spoil the page's own.
+        whole = batch.count == self._plan.warm_page_blocks
+        copies = self._copies(batch, whole, self._plan.warm_payload_bytes)
+        slot, frame = indices.put(Queue.RELAYOUT, self._slot_offsets(batch), batch.frames)
+        done: Event | None = None
+        for pages, blocks in self._groups(batch, self._slot_pages):
+            number = self._take(Queue.RELAYOUT)
+            target = Side(self._slots[number].pool, slot[blocks])
+            streams.move(Queue.RELAYOUT, shape, Side(self._frames.pool, frame[blocks]), target)
+            streams.wait(Queue.TO_HOST, streams.record(Queue.RELAYOUT))
+            self._copy(Queue.TO_HOST, copies, pages, number)
+            done = self._released[number] = streams.record(Queue.TO_HOST)
+        # Mapped blocks came before the gathers on their stream, and the copies after them.
+        assert done is not None
+        return done
+
+    # ---- copies
+
+    def _copies(self, batch: PageBatch, whole: Flags, page_bytes: int) -> _Copies:
+        """Whole pages as one copy of `page_bytes`, of others each run in each layer."""
+        plan = self._plan
+        page = np.flatnonzero(whole)
+        within: Numbers = np.zeros(len(page), np.int64)
+        size = np.full(len(page), page_bytes, np.int64)
+        if len(page) < len(whole):
+            some, first, count = (part for part in batch.only(~whole).runs())
+            layers = np.arange(plan.layers, dtype=np.int64)[:, None] * self._layer_bytes
+            starts = (layers + first * plan.block_layer_bytes).ravel()
+            lengths = np.tile(count * plan.block_layer_bytes, plan.layers)
+            page = np.concatenate((page, np.tile(np.flatnonzero(~whole)[some], plan.layers)))
+            order = np.argsort(page, kind="stable")
+            page = page[order]
+            within = np.concatenate((within, starts))[order]
+            size = np.concatenate((size, lengths))[order]
+        group, rank = np.divmod(page, self._slot_pages)
+        slot = rank * plan.warm_page_bytes + within
+        host = self._host.data_ptr() + batch.pages[page] * plan.warm_page_bytes + within
+        regions = None if self._regions is None else self._regions(batch.pages[page])
+        goes_on = (slot[1:] == slot[:-1] + size[:-1]) & (host[1:] == host[:-1] + size[:-1])
+        goes_on &= group[1:] == group[:-1]
+        if regions is not None:
+            goes_on &= regions[1:] == regions[:-1]
+        if goes_on.any():  # neighbours on both sides are one copy
+            begin = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+            size = np.add.reduceat(size, begin)
+            slot, host, page = slot[begin], host[begin], page[begin]
+            regions = None if regions is None else regions[begin]
+        return _Copies(slot, host, size, page, regions)
+
+    def _copy(self, queue: Queue, copies: _Copies, pages: slice, number: int) -> None:
+        """Those of one group, between the arena and a slot."""
+        first, last = copies.pages.searchsorted((pages.start, pages.stop))
+        part = slice(first, last)
+        slot, host = copies.slot[part] + self._addresses[number], copies.host[part]
+        targets, sources = (slot, host) if queue is Queue.TO_DEVICE else (host, slot)
+        found = Copies(targets, sources, copies.sizes[part])
+        pinned = None if copies.regions is None else copies.regions[part] >= 0
+        if pinned is None or pinned.all():
+            self._streams.copy(queue, found)
+            return
+        for flag in (True, False):
+            chosen = pinned == flag
+            if chosen.any():
+                only = Copies(*(vector[chosen] for vector in found))
+                self._streams.copy(queue, only, pinned=flag)
+
+    # ---- batches and slots
+
+    def _batch(self, places: Numbers, frames: Numbers) -> PageBatch:
+        if len(places) != len(frames) or not len(places):
+            raise GeometryMismatch(f"{len(places)} places for {len(frames)} frames")
+        offsets = self._frames.offsets(frames)
+        for what, numbers, last in (
+            ("places", places, self._count - 1),
+            ("offsets of frames", offsets, self._frames_end),
+        ):
+            if numbers.min() < 0 or numbers.max() > last:
+                raise GeometryMismatch(
+                    f"{what} {numbers.min()} to {numbers.max()} leave memory that ends at {last}"
+                )
+        return PageBatch.of(places, offsets, self._plan.warm_page_blocks)
+
+    def _slot_offsets(self, batch: PageBatch) -> Numbers:
+        """Where each block lies in the slot of its group."""
+        plan = self._plan
+        rank = np.arange(len(batch.pages), dtype=np.int64) % self._slot_pages
+        page = np.repeat(rank * plan.warm_page_bytes, batch.count)
+        slot: Numbers = page + batch.within * plan.block_layer_bytes
+        return slot
+
+    def _groups(self, batch: PageBatch, room: int) -> Iterator[tuple[slice, slice]]:
+        """As many pages as a slot holds, and their blocks: a launch costs as much as a page."""
+        count, first = len(batch.pages), batch.first
+        for start in range(0, count, room):
+            stop = min(start + room, count)
+            yield slice(start, stop), slice(int(first[start]), int(first[stop]))
+
+    def _take(self, queue: Queue) -> int:
         """The next slot, once its last user is done with it."""
         number = self._next
         self._next = (number + 1) % len(self._released)
         released = self._released[number]
         if released is not None:
             self._streams.wait(queue, released)
-        return number, self._slots[number]
+        return number
 
-    def _groups(self, moves: Sequence[PageMove]) -> Iterator[Sequence[PageMove]]:
-        """As many pages as a slot holds: a launch costs as much as a page takes on the link."""
-        size = self._slots.shape[1]
-        return (moves[at : at + size] for at in range(0, len(moves), size))
+    def _wait_for(self, after: Sequence[Event]) -> None:
+        for event in after:
+            self._streams.wait(Queue.RELAYOUT, event)
 
-    def _move(self, source: Side, target: Side) -> None:
-        self._streams.move(Queue.RELAYOUT, self._shape, source, target)
-
-    def _in_slot(self, slot: Tensor, moves: Sequence[PageMove]) -> Side:
-        """Page after page, in each layer after layer, in each all blocks of the page."""
-        plan, memory = self._plan, slot.view(-1)
-        step = plan.warm_page_blocks * plan.block_layer_bytes
-        layers = [memory[n * step :] for n in range(plan.layers)]
-        places = [
-            index * plan.warm_page_bytes + offset * plan.block_layer_bytes
-            for index, move in enumerate(moves)
-            for offset in move.offsets
-        ]
-        return self._side(layers, places)
-
-    def _in_slab(self, moves: Sequence[PageMove]) -> Side:
-        """Frame after frame, in each all layers of a block."""
-        plan = self._plan
-        layers = [self._slab[n * plan.block_layer_bytes :] for n in range(plan.layers)]
-        return self._side(
-            layers, [frame * plan.block_bytes for move in moves for frame in move.frames]
+    def _pages_in(self, memory: Tensor, *, layers: int = 0) -> PagePool:
+        """Warm pages in some memory, their blocks in the shape of the frames."""
+        plan, shape = self._plan, self._frames.shape
+        canonical = Arrangement.canonical(shape).block * self._apart
+        if canonical != plan.block_layer_bytes:
+            raise GeometryMismatch(
+                f"blocks of {canonical} bytes a layer for a plan of {plan.block_layer_bytes}"
+            )
+        return PagePool(
+            memory,
+            shape,
+            layers=layers or plan.layers,
+            page_blocks=plan.warm_page_blocks,
+            page_bytes=plan.warm_page_bytes,
+            apart=self._apart == 2,
         )
 
-    def _side(self, layers: Sequence[Tensor], offsets: list[int]) -> Side:
-        import torch
 
-        return Side(layers, torch.tensor(offsets, dtype=torch.int64), self._lies)
+class _Indices:
+    """Index vectors of one call; given back at the event of its last kernel."""
 
-    def _runs(self, offsets: Sequence[int]) -> list[tuple[int, int]]:
-        """Byte ranges of these blocks in a warm page, neighbours joined."""
-        plan = self._plan
-        places: npt.NDArray[np.int64] = np.sort(np.asarray(offsets, np.int64))
-        layers = np.arange(plan.layers)[:, None] * plan.warm_page_blocks
-        numbers = (layers + places).ravel()
-        starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
-        stops = np.append(starts[1:], len(numbers))
-        size = plan.block_layer_bytes
-        return [
-            (int(numbers[a]) * size, (int(numbers[b - 1]) + 1) * size)
-            for a, b in zip(starts, stops, strict=True)
-        ]
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._used: list[Index] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def put(self, queue: Queue, first: Numbers, second: Numbers) -> tuple[Tensor, Tensor]:
+        """Both on the device, in one upload; kernels may read them once `queue` got there."""
+        index = self._streams.upload(queue, np.concatenate((first, second)))
+        self._used.append(index)
+        count = len(first)
+        return index.numbers[:count], index.numbers[count : 2 * count]
+
+    def __exit__(self, *_: object) -> None:
+        self.end = self._streams.record(Queue.RELAYOUT)
+        for index in self._used:
+            index.until = self.end
 
 
-def page_moves(
-    places: Iterable[tuple[int, int]], page_blocks: int, *, host_first: bool
-) -> list[PageMove]:
-    """Pairs of a host place and a frame, either first, as one move a warm page, in their order."""
-    pages: dict[int, PageMove] = {}
-    for first, second in places:
-        place, frame = (first, second) if host_first else (second, first)
-        page, offset = divmod(place, page_blocks)
-        move = pages.setdefault(page, PageMove(page, [], []))
-        move.offsets.append(offset)
-        move.frames.append(frame)
-    return list(pages.values())
+def _full_page_route(profile: LinkProfile, queue: Queue, payload_bytes: int) -> Route:
+    way, page = profile.of(queue), np.array([payload_bytes])
+    if way.copy_seconds(page, page)[0] > payload_bytes / way.kernel:
+        return Route.MAPPED
+    return Route.PAGE if queue is Queue.TO_DEVICE else Route.RUNS
+
+
+def _last_offset(frames: BlockPool) -> int:
+    """The largest offset at which a block still lies within every layer."""
+    shape, at = frames.shape, frames.pool.arrangement
+    loops = ((shape.planes, at.plane), (shape.tokens, at.token), (shape.heads, at.head))
+    reach = sum((count - 1) * step for count, step in loops) + shape.head_bytes
+    return min(layer.numel() for layer in frames.pool.layers) - reach

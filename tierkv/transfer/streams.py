@@ -1,4 +1,4 @@
-"""Streams: what the staging ring asks of a device's runtime, and CUDA's answer through torch.
+"""Streams: what the staging ring asks of a device's runtime, and CUDA's answer.
 
 An operation is queued on a stream and runs after what was queued there before; an event marks a
 point of a stream, and another stream waits for it. Order between streams comes from events alone.
@@ -7,13 +7,35 @@ point of a stream, and another stream waits for it. Order between streams comes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
 
-from tierkv.kernels.relayout import BlockShape, Side, move_blocks
+import numpy as np
+import numpy.typing as npt
+
+from tierkv.kernels.driver import Copies, Driver, SourceOrder
+from tierkv.kernels.relayout import (
+    PROGRAMS,
+    THREADS,
+    BlockShape,
+    Side,
+    has_kernel,
+    kernel_function,
+    launch_arguments,
+    move_by_reference,
+    plan_move,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor, cuda, device
+    from torch import Tensor, device
+
+Numbers = npt.NDArray[np.int64]
+
+#: Index vectors are kept in steps of this many numbers, so that they are used again.
+_INDEX_STEP: Final = 4096
 
 
 class Queue(StrEnum):
@@ -36,15 +58,30 @@ class Event(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
+class Index:
+    """Numbers on the device, int64 (n,). Give it back with the event of its last use."""
+
+    numbers: Tensor
+    until: Event | None = None
+
+
 class Streams(Protocol):
     """A device's queues. Calls return at once; any thread, one at a time."""
 
-    def copy(self, queue: Queue, target: Tensor, source: Tensor) -> None:
-        """Copy bytes of one memory to another: flat, contiguous, uint8, equally long."""
+    def copy(self, queue: Queue, copies: Copies, *, pinned: bool = True) -> None:
+        """Copy between host and device addresses; no two touch the same bytes.
+
+        Not `pinned`: host memory that is not registered; such a call may wait.
+        """
+        ...
+
+    def upload(self, queue: Queue, numbers: Numbers) -> Index:
+        """Numbers for kernels to read: on the device after what is queued so far."""
         ...
 
     def move(self, queue: Queue, shape: BlockShape, source: Side, target: Side) -> None:
-        """`move_blocks` within the device."""
+        """`move_blocks` with offsets that `upload` gave. One side may be mapped host memory."""
         ...
 
     def record(self, queue: Queue) -> Event:
@@ -56,42 +93,104 @@ class Streams(Protocol):
         ...
 
 
+class DriverEvent:
+    """An event of the driver's; used again for another when nobody holds it any more."""
+
+    def __init__(self, driver: Driver, handle: int, free: list[int]) -> None:
+        self._driver = driver
+        self._free = free
+        self.cuda_event = handle
+
+    def query(self) -> bool:
+        """See `Event`. Raises DriverError after an error of the device."""
+        return self._driver.is_done(self.cuda_event)
+
+    def synchronize(self) -> None:
+        """See `Event`."""
+        self._driver.wait(self.cuda_event)
+
+    def __del__(self) -> None:
+        self._free.append(self.cuda_event)
+
+
 class CudaStreams:
-    """CUDA streams of one device. Relayout has the higher priority: it is short, and waited for."""
+    """CUDA streams of one device. Relayout has the higher priority: it is short, and waited for.
 
-    def __init__(self, device: device) -> None:
-        import torch
+    `programs` bounds the processors that relayout kernels take from the engine's own; `kernel`
+    gives the driver's handle of `csrc/move.cu`, which CuPy compiles when it is first needed.
+    """
 
-        self._streams: dict[Queue, cuda.Stream] = {
-            queue: torch.cuda.Stream(device, priority=-1 if queue is Queue.RELAYOUT else 0)
-            for queue in Queue
+    def __init__(
+        self,
+        driver: Driver,
+        device: device,
+        *,
+        programs: int = PROGRAMS,
+        kernel: Callable[[], int] | None = None,
+    ) -> None:
+        self._driver = driver
+        self._device = device
+        self._programs = programs
+        self._kernel = kernel or partial(kernel_function, device)
+        self._number = device.index or 0
+        driver.use(self._number)
+        self._streams = {
+            queue: driver.stream(priority=-1 if queue is Queue.RELAYOUT else 0) for queue in Queue
         }
+        self._free_events: list[int] = []
+        self._indices: list[tuple[Numbers, Index]] = []
 
-    def copy(self, queue: Queue, target: Tensor, source: Tensor) -> None:
-        """One copy by a copy engine; host memory must be pinned, or the call waits."""
+    def copy(self, queue: Queue, copies: Copies, *, pinned: bool = True) -> None:
+        """One call for all of them, by the copy engines."""
+        self._driver.use(self._number)
+        if not pinned:
+            self._driver.copy_one_by_one(copies, self._streams[queue])
+            return
+        # Pages that are read lie still in host memory until their transfer has ended, so the copy
+        # may read at any time; what goes down was written by the kernel before it (vLLM #39306).
+        order = SourceOrder.ANY if queue is Queue.TO_DEVICE else SourceOrder.STREAM
+        self._driver.copy(copies, self._streams[queue], order)
+
+    def upload(self, queue: Queue, numbers: Numbers) -> Index:
+        """Through pinned memory of our own, that is used again when its last reader is done."""
         import torch
 
-        with torch.cuda.stream(self._streams[queue]):
-            target.copy_(source, non_blocking=True)
+        count = len(numbers)
+        for host, index in self._indices:
+            if len(host) >= count and index.until is not None and index.until.query():
+                break
+        else:
+            room = -(-count // _INDEX_STEP) * _INDEX_STEP
+            host = self._driver.pinned_numbers(room)
+            index = Index(torch.empty(room, dtype=torch.int64, device=self._device))
+            self._indices.append((host, index))
+        index.until = None
+        host[:count] = numbers
+        ends = (index.numbers.data_ptr(), host.ctypes.data, count * host.itemsize)
+        self.copy(queue, Copies(*(np.array([end]) for end in ends)))
+        return index
 
     def move(self, queue: Queue, shape: BlockShape, source: Side, target: Side) -> None:
         """The kernel, on this queue's stream."""
         import torch
 
-        with torch.cuda.stream(self._streams[queue]):
-            move_blocks(shape, source, target)
+        plan = plan_move(shape, source.pool.arrangement, target.pool.arrangement)
+        if has_kernel(plan):
+            self._driver.use(self._number)
+            function = self._kernel()
+            arguments = launch_arguments(plan, source, target, self._device)
+            self._driver.launch(function, self._programs, THREADS, arguments, self._streams[queue])
+            return
+        with torch.cuda.stream(torch.cuda.ExternalStream(self._streams[queue], self._device)):
+            move_by_reference(shape, source, target)
 
     def record(self, queue: Queue) -> Event:
         """An event without timing."""
-        import torch
-
-        event = torch.cuda.Event()
-        event.record(self._streams[queue])
-        return event
+        self._driver.use(self._number)
+        handle = self._free_events.pop() if self._free_events else self._driver.event()
+        self._driver.record(handle, self._streams[queue])
+        return DriverEvent(self._driver, handle, self._free_events)
 
     def wait(self, queue: Queue, event: Event) -> None:
-        """By the device; the host goes on."""
-        import torch
-
-        assert isinstance(event, torch.cuda.Event)
-        self._streams[queue].wait_event(event)
+        """By the device; the host goes on. Events of torch's are taken as well."""
+        self._driver.order(self._streams[queue], event.cuda_event)  # type: ignore[attr-defined]

@@ -54,10 +54,13 @@ struct Loops {
   i64 target[3];
 };
 
+// Where a row lies on both sides; address 0 is nowhere.
 struct Place {
   i64 source;
   i64 target;
 };
+
+#define NOWHERE (Place{0, 0})
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 __device__ __forceinline__
@@ -75,8 +78,10 @@ static
     at.target += step * loops.target[n];
   }
   i64 block = row % blocks, layer = row / blocks;
-  at.source += source_layers[layer] + source_offsets[block];
-  at.target += target_layers[layer] + target_offsets[block];
+  i64 from = source_offsets[block], to = target_offsets[block];
+  if (from < 0 || to < 0) return NOWHERE;
+  at.source += source_layers[layer] + from;
+  at.target += target_layers[layer] + to;
   return at;
 }
 
@@ -94,16 +99,16 @@ extern "C" __global__ void move_blocks(const i64 *source_layers, const i64 *targ
     Place at[UNROLL];
     for (int n = 0; n < UNROLL; ++n) {
       i64 row = first + n * groups;
-      if (row < rows)
-        at[n] = place_of(row, source_layers, target_layers, source_offsets, target_offsets, blocks,
-                         loops);
+      at[n] = row < rows ? place_of(row, source_layers, target_layers, source_offsets,
+                                    target_offsets, blocks, loops)
+                         : NOWHERE;
     }
     for (i64 v = lane; v < vectors; v += lanes) {
       Vector held[UNROLL];
       for (int n = 0; n < UNROLL; ++n)
-        if (first + n * groups < rows) held[n] = load(at[n].source + v * 16);
+        if (at[n].target) held[n] = load(at[n].source + v * 16);
       for (int n = 0; n < UNROLL; ++n)
-        if (first + n * groups < rows) store(at[n].target + v * 16, held[n]);
+        if (at[n].target) store(at[n].target + v * 16, held[n]);
     }
   }
 }
