@@ -14,6 +14,7 @@ import pytest
 import tierkv
 from tierkv import cli, doctor
 from tierkv.doctor import Finding, State, examine
+from tierkv.tiers.files.portable import PortableFiles
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = str(ROOT / "configs" / "reference.yaml")
@@ -158,7 +159,7 @@ def test_doctor_looks_at_the_machine_and_the_directory(
     done = tierkv_command("doctor", "--json", "--directory", str(tmp_path))
     findings = {item["name"]: item for item in json.loads(done.out)}
     assert done.code == 0
-    assert {"Python", "torch", "CUDA", "CPU", "RAM", "memlock", "NUMA"} <= set(findings)
+    assert {"Python", "torch", "CUDA", "CPU", "RAM", "memlock", "NUMA", "O_DIRECT"} <= set(findings)
     assert findings["directory"]["state"] == "ok"
     assert findings["file engine"]["state"] in ("ok", "note")
     assert list(tmp_path.iterdir()) == [], "a probe leaves nothing behind"
@@ -194,7 +195,7 @@ def test_doctor_refuses_a_directory_that_others_may_write_to(tmp_path: Path) -> 
     assert "file engine" not in findings
 
 
-class Refusing:
+class Refusing(PortableFiles):
     """A file engine that never works; for the registry below."""
 
     @classmethod
@@ -202,7 +203,7 @@ class Refusing:
         return "refused here"
 
 
-class Working:
+class Working(PortableFiles):
     """A file engine that always works."""
 
     @classmethod
@@ -210,14 +211,28 @@ class Working:
         return None
 
 
+class Asked(Working):
+    """One that `auto` never takes."""
+
+    by_name_only = True
+
+
+class Unbuffered(Working):
+    """One that passes the page cache by, so that nothing better was refused."""
+
+    align_bytes = 4096
+
+
 @pytest.mark.parametrize(
     ("engines", "state", "detail"),
     [
         ([Working, Refusing], State.OK, "a"),
         ([Refusing, Working], State.NOTE, "b (a: refused here)"),
+        ([Refusing, Unbuffered], State.OK, "b (a: refused here)"),
         ([Refusing, Refusing], State.PROBLEM, "none works: a: refused here; b: refused here"),
+        ([Asked, Working], State.OK, "b"),
     ],
-    ids=["first", "second", "none"],
+    ids=["first", "second", "as good", "none", "by name"],
 )
 def test_doctor_tells_why_an_engine_was_refused(
     tmp_path: Path,
@@ -235,40 +250,6 @@ def test_doctor_tells_why_an_engine_was_refused(
     monkeypatch.setattr(doctor, "FILE_ENGINES", registry)
     (finding,) = [f for f in examine(tmp_path) if f.name == "file engine"]
     assert (finding.state, finding.detail) == (state, detail)
-
-
-def test_a_limit_of_locked_memory_comes_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _which: (8 << 20, 8 << 20))
-    finding = doctor._memlock()
-    assert finding.state is State.NOTE
-    assert "8 MiB" in finding.detail
-    assert "LimitMEMLOCK=infinity" in finding.cure
-
-
-@pytest.mark.parametrize(
-    ("mode", "state"),
-    [("always [madvise] never", State.OK), ("always madvise [never]", State.NOTE)],
-)
-def test_huge_pages_are_read_from_the_kernel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, state: State
-) -> None:
-    folder = tmp_path / "kernel/mm/transparent_hugepage"
-    folder.mkdir(parents=True)
-    (folder / "enabled").write_text(mode + "\n")
-    monkeypatch.setattr(doctor, "SYS", tmp_path)
-    assert doctor._hugepages().state is state
-
-
-def test_numa_nodes_are_listed_with_their_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for node, cores in (("node0", "0-7"), ("node1", "8-15")):
-        (tmp_path / "devices/system/node" / node).mkdir(parents=True)
-        (tmp_path / "devices/system/node" / node / "cpulist").write_text(cores + "\n")
-    monkeypatch.setattr(doctor, "SYS", tmp_path)
-    finding = doctor._numa()
-    assert finding.detail == "2 nodes: node0: cores 0-7; node1: cores 8-15"
 
 
 def test_a_finding_is_json_of_text() -> None:

@@ -1,65 +1,76 @@
 """What this machine can do for tierkv, and the cure for what it cannot.
 
-Looks only: nothing is started, no setting is changed, torch is not imported. The one thing
-written is each file engine's probe file, in the directory that is asked about.
+Looks only: nothing is started, no setting is changed, torch is not imported. All that is written
+are probe files (16 KiB for each file engine, 64 MiB for the disk's rates) in the directory that is
+asked about; each is removed again. What is beneath Python is `tierkv.doctor_hardware`'s part.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
+from uuid import uuid4
 
 import psutil
 
-from tierkv.config import ram_bytes
+from tierkv.config import TransferConfig, ram_bytes
 from tierkv.core.errors import ConfigError
+from tierkv.core.geometry import GIB, MIB
 from tierkv.core.units import format_bytes
-from tierkv.tiers.files import FILE_ENGINES
-from tierkv.tiers.files.base import FileEngine
+from tierkv.doctor_hardware import DeviceDriver, Finding, State, hardware
+from tierkv.tiers.files import FILE_ENGINES, is_for_auto
+from tierkv.tiers.files.base import FileEngine, aligned_array
+from tierkv.tiers.files.direct import DirectFiles
+
+__all__ = ["REMOTE_OR_MEMORY", "Finding", "State", "examine"]
 
 #: File systems whose bytes lie elsewhere, or in memory: a cold tier gains nothing there.
 REMOTE_OR_MEMORY: Final = frozenset(
     {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "nfs", "nfs4", "ramfs", "smb3", "tmpfs"}
 )
 
-SYS: Final = Path("/sys")
+#: A disk that reads slower than this is worth a word: bytes per second.
+_READ_RATE_MIN: Final = 0.3e9
+
+_DISK_BYTES: Final = 64 * MIB
+_PIECE_BYTES: Final = 4 * MIB
+#: A slow disk is measured by what it does in this time, each way.
+_DISK_SECONDS: Final = 0.4
 
 
-class State(StrEnum):
-    """How a finding is to be taken."""
+def examine(
+    directory: Path,
+    *,
+    load: Callable[[], DeviceDriver | None] | None = None,
+    profiles: Path | None = None,
+) -> list[Finding]:
+    """All findings, the machine first and then `directory`, where a cold tier would live.
 
-    OK = "ok"
-    NOTE = "note"  # works, but less well than it could
-    PROBLEM = "problem"  # something asked for cannot work
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing about this machine; `cure` is empty where nothing need be done."""
-
-    name: str
-    state: State
-    detail: str
-    cure: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """For `--json`."""
-        return {key: str(value) for key, value in asdict(self).items()}
+    `load` gives another driver than this machine's, `profiles` another folder of link rates.
+    """
+    found = [_python(), _torch(), _cores(), _ram()]
+    found += hardware(profiles or _kept_profiles(), load=load)
+    try:
+        found += _directory_findings(directory.expanduser().absolute())
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory, a loop of links
+        cure = "name another directory (tiers.cold.directory)"
+        found.append(Finding("directory", State.PROBLEM, f"{directory}: {error}", cure))
+    return found
 
 
-def examine(directory: Path) -> list[Finding]:
-    """All findings, the machine first and then `directory`, where a cold tier would live."""
-    found = [probe() for probe in _MACHINE]
-    return found + list(_directory_findings(directory.expanduser().absolute()))
+def _kept_profiles() -> Path | None:
+    """Where a store keeps link rates unless told otherwise; None where there is no home."""
+    try:
+        return TransferConfig().link_profiles
+    except ValueError:
+        return None
 
 
 def _python() -> Finding:
@@ -75,20 +86,6 @@ def _torch() -> Finding:
     return Finding("torch", State.OK, found)
 
 
-def _cuda() -> Finding:
-    """Ask the driver itself: importing torch for it would take seconds."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Finding("CUDA", State.OK, "no driver: the device tier is host memory")
-    count = ctypes.c_int(0)
-    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if code or not count.value:
-        detail = f"driver present, no usable device (code {code})"
-        return Finding("CUDA", State.NOTE, detail, "see nvidia-smi; check CUDA_VISIBLE_DEVICES")
-    return Finding("CUDA", State.OK, f"{count.value} device(s)")
-
-
 def _cores() -> Finding:
     usable = len(os.sched_getaffinity(0))
     return Finding("CPU", State.OK, f"{usable} of {os.cpu_count()} cores usable")
@@ -97,62 +94,20 @@ def _cores() -> Finding:
 def _ram() -> Finding:
     free = psutil.virtual_memory().available
     detail = f"{format_bytes(ram_bytes())}, {format_bytes(free)} available"
-    if free < 1 << 30:
+    if free < GIB:
         return Finding("RAM", State.NOTE, detail, "lower tiers.host.capacity")
     return Finding("RAM", State.OK, detail)
-
-
-def _memlock() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY:
-        return Finding("memlock", State.OK, "unlimited")
-    if os.geteuid() == 0:
-        return Finding("memlock", State.OK, f"{format_bytes(soft)}; does not bind root")
-    limit = "unlimited" if hard == resource.RLIM_INFINITY else format_bytes(hard)
-    cure = "ulimit -l unlimited, or LimitMEMLOCK=infinity; else tiers.host.register_cuda: off"
-    return Finding("memlock", State.NOTE, f"{format_bytes(soft)} (hard limit {limit})", cure)
-
-
-def _hugepages() -> Finding:
-    modes = _line(SYS / "kernel/mm/transparent_hugepage/enabled")
-    if modes is None:
-        return Finding("huge pages", State.NOTE, "not offered by this kernel", "hugepages: off")
-    chosen = modes.partition("[")[2].partition("]")[0]
-    if chosen == "never":
-        cure = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or hugepages: off"
-        return Finding("huge pages", State.NOTE, "transparent huge pages: never", cure)
-    return Finding("huge pages", State.OK, f"transparent huge pages: {chosen}")
-
-
-def _numa() -> Finding:
-    nodes = sorted((SYS / "devices/system/node").glob("node[0-9]*"))
-    if len(nodes) <= 1:
-        return Finding("NUMA", State.OK, "one node")
-    detail = "; ".join(f"{node.name}: cores {_line(node / 'cpulist') or 'none'}" for node in nodes)
-    return Finding("NUMA", State.OK, f"{len(nodes)} nodes: {detail}")
-
-
-_MACHINE: Final[tuple[Callable[[], Finding], ...]] = (
-    _python,
-    _torch,
-    _cuda,
-    _cores,
-    _ram,
-    _memlock,
-    _hugepages,
-    _numa,
-)
 
 
 def _directory_findings(directory: Path) -> Iterator[Finding]:
     place = _nearest(directory)
     yield _space(place, directory)
-    kind = _file_system(place)
-    if kind in REMOTE_OR_MEMORY:
+    system = _file_system(place)
+    if system in REMOTE_OR_MEMORY:
         cure = "choose a directory on a local NVMe file system (tiers.cold.directory)"
-        yield Finding("file system", State.NOTE, f"{kind} at {place}", cure)
+        yield Finding("file system", State.NOTE, f"{system} at {place}", cure)
     else:
-        yield Finding("file system", State.OK, f"{kind} at {place}")
+        yield Finding("file system", State.OK, f"{system} at {place}")
     if not place.is_dir():
         yield Finding("directory", State.PROBLEM, f"{place} is not a directory", "name another")
     elif not os.access(place, os.W_OK | os.X_OK):
@@ -165,13 +120,17 @@ def _directory_findings(directory: Path) -> Iterator[Finding]:
         mode = _mode(directory)
         yield mode
         if mode.state is not State.PROBLEM:
-            yield _engine(directory)
+            yield _direct(directory)
+            engine, kind = _engine(directory)
+            yield engine
+            if kind is not None:
+                yield disk(directory, kind)
 
 
 def _space(place: Path, directory: Path) -> Finding:
     usage = shutil.disk_usage(place)
     detail = f"{format_bytes(usage.free)} of {format_bytes(usage.total)} for {directory}"
-    if usage.free < 2 << 30:
+    if usage.free < 2 * GIB:
         cure = "a segment file takes 1 GiB: free some space, or lower segment_cold_pages"
         return Finding("free space", State.NOTE, detail, cure)
     return Finding("free space", State.OK, detail)
@@ -193,24 +152,106 @@ def _mode(directory: Path) -> Finding:
     return Finding("directory", State.OK, detail)
 
 
-def _engine(directory: Path) -> Finding:
-    """The first engine whose probe succeeds, and why those before it were refused."""
+def _direct(directory: Path) -> Finding:
+    """Whether bytes can pass the page cache by; the file engine of choice needs it."""
+    reason = DirectFiles.probe(directory)
+    if reason is None:
+        return Finding("O_DIRECT", State.OK, "reads and writes pass the page cache by")
+    cure = "a local ext4 or xfs on NVMe takes O_DIRECT (tiers.cold.directory)"
+    return Finding("O_DIRECT", State.NOTE, reason, cure)
+
+
+def _engine(directory: Path) -> tuple[Finding, type[FileEngine] | None]:
+    """The engine that `auto` takes, and why those before it were refused."""
     refusals: list[str] = []
     for name in FILE_ENGINES:
         try:
             kind: type[FileEngine] = FILE_ENGINES.load(name)
+            if not is_for_auto(kind):
+                continue
             reason = kind.probe(directory)
-        except (ConfigError, ImportError, OSError) as error:
+        except (ConfigError, ImportError, OSError, RuntimeError) as error:
             reason = str(error)
-        if reason is not None:
-            refusals.append(f"{name}: {reason}")
-        elif refusals:
-            cure = "a local ext4 or xfs on NVMe takes O_DIRECT; until then reads use more CPU"
-            return Finding("file engine", State.NOTE, f"{name} ({'; '.join(refusals)})", cure)
         else:
-            return Finding("file engine", State.OK, name)
+            if reason is None:
+                return _chosen(name, refusals, is_cached=_is_cached(kind)), kind
+        refusals.append(f"{name}: {reason}")
     cure = "name another directory (tiers.cold.directory)"
-    return Finding("file engine", State.PROBLEM, f"none works: {'; '.join(refusals)}", cure)
+    detail = f"none works: {'; '.join(refusals)}"
+    return Finding("file engine", State.PROBLEM, detail, cure), None
+
+
+def _chosen(name: str, refusals: list[str], *, is_cached: bool) -> Finding:
+    """An engine that passes the page cache by is good, whatever was refused before it."""
+    detail = f"{name} ({'; '.join(refusals)})" if refusals else name
+    if refusals and is_cached:
+        cure = "a local ext4 or xfs on NVMe takes O_DIRECT; until then reads use more CPU"
+        return Finding("file engine", State.NOTE, detail, cure)
+    return Finding("file engine", State.OK, detail)
+
+
+def _is_cached(kind: type[FileEngine]) -> bool:
+    """Whether its reads and writes go through the page cache: then nothing need be aligned."""
+    return kind.align_bytes == 1
+
+
+def disk(directory: Path, kind: type[FileEngine], *, size_bytes: int = _DISK_BYTES) -> Finding:
+    """The rates of the disk beneath `directory`, measured now through a file engine."""
+    if shutil.disk_usage(directory).free < GIB:
+        return Finding("disk", State.OK, "not measured: less than 1 GiB is free")
+    try:
+        wrote, read = disk_rates(directory, kind, size_bytes=size_bytes)
+    except (OSError, RuntimeError) as error:
+        cure = "see the kernel's log (dmesg) and quotas, or name another directory"
+        return Finding("disk", State.NOTE, f"not measured: {error}", cure)
+    return disk_finding(wrote, read, is_cached=_is_cached(kind))
+
+
+def disk_finding(wrote: float, read: float, *, is_cached: bool) -> Finding:
+    """What rates in bytes per second mean; `is_cached` if reads came from the page cache."""
+    place = " from the page cache" if is_cached else ""
+    detail = f"writes {wrote / 1e9:.3g} GB/s, reads {read / 1e9:.3g} GB/s{place}, one thread, now"
+    if read < _READ_RATE_MIN:
+        cure = "recomputing may be faster than this disk: name a directory on a local NVMe"
+        return Finding("disk", State.NOTE, detail, cure)
+    return Finding("disk", State.OK, detail)
+
+
+def disk_rates(
+    directory: Path, kind: type[FileEngine], *, size_bytes: int = _DISK_BYTES
+) -> tuple[float, float]:
+    """Bytes per second written (with the sync) and read, in turn, by way of a probe file.
+
+    The file is removed whatever happens. Raises OSError.
+    """
+    name = f"doctor-{uuid4().hex}.tmp"
+    engine = kind(directory)
+    try:
+        handle = engine.open(name, create=True)
+        engine.preallocate(handle, size_bytes)
+        piece = aligned_array(_PIECE_BYTES, max(4096, kind.align_bytes))
+        piece[:] = memoryview(os.urandom(_PIECE_BYTES))  # nothing that a disk could compress
+        begun = time.perf_counter()
+        done = _each_piece(lambda at: engine.write(handle, at, [piece.data]), size_bytes)
+        engine.sync(handle)
+        wrote = done / max(1e-9, time.perf_counter() - begun)
+        begun = time.perf_counter()
+        done = _each_piece(lambda at: engine.read(handle, at, [piece.data]), done)
+        return wrote, done / max(1e-9, time.perf_counter() - begun)
+    finally:
+        with suppress(OSError):
+            engine.unlink(name)
+        engine.shutdown()
+
+
+def _each_piece(move: Callable[[int], None], size_bytes: int) -> int:
+    """Move pieces up to `size_bytes`, at least one, while there is time; the bytes moved."""
+    deadline = time.perf_counter() + _DISK_SECONDS
+    done = 0
+    while not done or (done < size_bytes and time.perf_counter() < deadline):
+        move(done)
+        done += _PIECE_BYTES
+    return done
 
 
 def _nearest(directory: Path) -> Path:
@@ -227,10 +268,3 @@ def _file_system(place: Path) -> str:
         if real.is_relative_to(part.mountpoint)
     ]
     return max(mounts)[2] if mounts else "unknown"
-
-
-def _line(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return None
