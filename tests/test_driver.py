@@ -208,6 +208,7 @@ def test_a_device_that_is_lost_ends_what_was_under_way(driver: Driver, library: 
     done = threading.Event()
 
     def start() -> Started:
+        streams.begin()
         event = streams.record(Queue.TO_HOST)
         ctypes.CDLL(str(library)).fail_from(1)
         return Started(event, lambda ok: (ended.append(ok), done.set()))

@@ -35,7 +35,18 @@ def test_every_check_passes_on_the_cpu(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     checks = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ok ")]
-    assert checks == ["copies:", "codes:", "relayouts:", "ring:", "device_tier:"]
+    assert checks == [
+        *("copies:", "codes:", "relayouts:", "ring:", "device_tier:", "graph:", "profile:")
+    ]
+    skipped = {
+        line.split()[1]: line.split(": ")[1]
+        for line in done.stdout.splitlines()
+        if line.startswith("skip ")
+    }
+    assert set(skipped) == {
+        *("devices:", "arena:", "shared_slab:", "coherent:", "direct_storage:", "sanitizer:")
+    }
+    assert all(skipped.values()), "each says why"
     assert "speed: skipped, there is no CUDA device" in done.stdout
     found = json.loads(report.read_text())
     assert (found["failed"], found["rows"]) == ([], [])

@@ -333,6 +333,16 @@ def test_a_block_outside_its_layer_is_refused(
     assert not layer.any()
 
 
+def test_it_compiles_where_only_the_run_time_compiler_is_there() -> None:
+    """CuPy compiles it by NVRTC, at first use on a device: no nvcc, no headers."""
+    core = pytest.importorskip("cuda.core")
+    options = core.ProgramOptions(arch="sm_90", std="c++17")
+    code = core.Program(kernel_source(), "c++", options).compile(
+        "cubin", name_expressions=("move_blocks",)
+    )
+    assert len(code.code) > 1000
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_it_compiles_for_an_h100_without_spilling(tmp_path: Path) -> None:
     source = tmp_path / "move.cu"

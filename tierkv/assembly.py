@@ -92,6 +92,7 @@ def assemble(
                 plan,
                 frames=spec.tiers[TierId.DEVICE].pages,
                 device=config.tiers.device.device,
+                programs=config.transfer.sm_budget,
             )
             device.open()
             undo.callback(device.close)

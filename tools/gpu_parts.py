@@ -38,6 +38,10 @@ LLAMA = PagePlan.of(KVGeometry(layers=32, kv_heads=8, head_dim=128))
 BATCH = 64 * MIB
 
 
+class Skipped(Exception):
+    """A check that this machine cannot make; the text says why."""
+
+
 def device_name() -> str:
     """The device, in words."""
     return "none" if CPU else torch.cuda.get_device_name(DEVICE)

@@ -7,17 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from gpu_parts import BATCH, DEVICE, LLAMA, SMALL, Moves, moves_of, seconds, staged
 from measuring import Row
 
 from tierkv.codecs.grouped import Int4
 from tierkv.core.geometry import GIB
-from tierkv.kernels.driver import Driver
+from tierkv.kernels.driver import Copies, Driver
 from tierkv.kernels.relayout import Arrangement, BlockShape, Pool, Side, move_blocks
 from tierkv.tiers.host import HostTier
+from tierkv.transfer.link_profile import measure_device
 from tierkv.transfer.staging import Staging
-from tierkv.transfer.streams import Event
+from tierkv.transfer.streams import CudaStreams, Event
 
 
 def speed_rows(gib: int) -> Iterator[Row]:
@@ -38,19 +40,28 @@ def speed_rows(gib: int) -> Iterator[Row]:
         yield Row(f"up, {name} into hot pages", up / load, reach)
         yield Row(f"down, {name} from hot pages", down / save, reach if plan is SMALL else None)
         if plan is SMALL:
-            begun = time.perf_counter()
-            last = staging.load(*moves)
-            submit_us = (time.perf_counter() - begun) * 1e6
-            last.synchronize()
-            yield Row("submit 4,096 pages", submit_us, 100, False, "us")
+            yield Row("submit 4,096 pages", submit_us(staging, moves), 100, False, "us")
         else:
             yield gemm_row(staging, moves)
-            yield overlap_row(staging, moves, load)
-            del streams
+            assert isinstance(streams, CudaStreams)
+            yield overlap_row(streams, staging, moves, load)
+    yield sparse_row()
     yield duplex_row()
     yield relayout_row()
     yield codes_row(down)
-    yield register_row(gib)
+    yield from register_rows(gib)
+    yield memory_row()
+
+
+def submit_us(staging: Staging, moves: Moves) -> float:
+    """Median microseconds until `load` returns, the device idle before."""
+    taken = []
+    for _ in range(15):
+        begun = time.perf_counter()
+        event = staging.load(*moves)
+        taken.append(time.perf_counter() - begun)
+        event.synchronize()
+    return sorted(taken)[7] * 1e6
 
 
 def gemm_row(staging: Staging, moves: Moves) -> Row:
@@ -73,7 +84,7 @@ def gemm_row(staging: Staging, moves: Moves) -> Row:
     return Row("matrix products slowed by loads", (slowed / alone - 1) * 100, 3, False, "%")
 
 
-def overlap_row(staging: Staging, moves: Moves, load: float) -> Row:
+def overlap_row(streams: CudaStreams, staging: Staging, moves: Moves, load: float) -> Row:
     """Attention of 32 layers that waits for each layer's load: what the load adds to it."""
     heads, new, past, dim = 32, 512, 8192, 128
     query = torch.randn(1, heads, new, dim, dtype=torch.bfloat16, device=DEVICE)
@@ -84,9 +95,7 @@ def overlap_row(staging: Staging, moves: Moves, load: float) -> Row:
     def attend(events: list[Event] | None) -> None:
         for layer in range(LLAMA.layers):
             if events is not None:
-                event = events[layer]
-                assert isinstance(event, torch.cuda.Event)
-                torch.cuda.current_stream().wait_event(event)
+                streams.hold(torch.cuda.current_stream().cuda_stream, events[layer])
             torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
     alone = seconds(partial(attend, None))
@@ -149,25 +158,94 @@ def codes_row(down: float) -> Row:
     return Row("int4 encode and copy down, bytes before encoding", down / taken, 3)
 
 
-def register_row(gib: int) -> Row:
-    """Mapping, touching and registering the host arena."""
+def sparse_row() -> Row:
+    """Single blocks of 16 KiB all over the arena, by the route that the measured profile takes.
+
+    Against the slowest way there is, a copy engine that is given them one by one.
+    """
+    driver = Driver.load()
+    assert driver is not None
+    profile = measure_device(CudaStreams(driver, DEVICE), DEVICE)
+    pages = 512
+    host, pool, staging, _ = staged(SMALL, pages, pages * 8, seeded=False, profile=profile)
+    draw = random.Random(7)
+    size = SMALL.warm_page_blocks
+    places = [page * size + place for page in range(pages) for place in draw.sample(range(size), 8)]
+    moves = Moves(np.array(places), np.array(draw.sample(range(pages * 8), pages * 8)))
+    loaded = seconds(partial(wait_for, staging.load, moves))
+    step = SMALL.block_layer_bytes
+    layers = np.arange(SMALL.layers)[:, None]
+    within = moves.places % size * step
+    sources = moves.places // size * SMALL.warm_page_bytes + layers * size * step + within
+    targets = moves.frames * SMALL.block_bytes + layers * step
+    copies = Copies(
+        pool.data_ptr() + targets.ravel(),
+        host.data_ptr() + sources.ravel(),
+        np.full(targets.size, step),
+    )
+    stream = torch.cuda.Stream(DEVICE).cuda_stream
+    batch = seconds(lambda: driver.copy(copies, stream))
+    route = max(staging.moved_bytes, key=lambda route: staging.moved_bytes[route]).name.lower()
+    return Row(f"sparse picks by {route}, against a batch copy", batch / loaded, None)
+
+
+def register_rows(gib: int) -> Iterator[Row]:
+    """Mapping, touching and registering the host arena, and how long others wait meanwhile."""
     plan = LLAMA
     driver = Driver.load()
     assert driver is not None
-    tier = HostTier(
-        plan,
-        pages=gib * GIB // plan.warm_page_bytes,
-        threads=8,
-        registrar=driver.registrar(0),
-        register_threads=8,
+    pages = gib * GIB // plan.warm_page_bytes
+    for threads, reach in ((8, 1.0), (1, None)):
+        tier = HostTier(
+            plan,
+            pages=pages,
+            threads=8,
+            registrar=driver.registrar(0),
+            register_threads=threads,
+        )
+        begun = time.monotonic()
+        tier.open()
+        stall = longest_stall(tier)
+        taken = (time.monotonic() - begun) * 16 / gib
+        assert tier.pinned_pages == tier.page_count, "not all of it could be pinned"
+        tier.close()
+        what = f"map, touch and register 16 GiB, {threads} threads"
+        yield Row(what, taken, reach, False, "s", note=f"{gib} GiB")
+        reach_ms = 50 if threads == 1 else None
+        yield Row(f"longest stall meanwhile, {threads} threads", stall, reach_ms, False, "ms")
+
+
+def longest_stall(tier: HostTier) -> float:
+    """Milliseconds of the slowest small copy while the arena is registered."""
+    host = torch.empty(1 << 16, dtype=torch.uint8).pin_memory()
+    device = torch.empty(1 << 16, dtype=torch.uint8, device=DEVICE)
+    longest = 0.0
+    while tier.pinned_pages < tier.page_count:
+        begun = time.perf_counter()
+        device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize(DEVICE)
+        longest = max(longest, time.perf_counter() - begun)
+        time.sleep(0.0005)
+    return longest * 1e3
+
+
+def memory_row() -> Row:
+    """Device memory that the ring takes beside the slab, as told in the configuration."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info(DEVICE)[0]
+    frames = BATCH // SMALL.block_bytes
+    host, pool, staging, streams = staged(
+        SMALL, BATCH // SMALL.warm_page_bytes, frames, seeded=False
     )
-    begun = time.monotonic()
-    tier.open()
-    tier.wait_until_registered()
-    assert tier.pinned_pages == tier.page_count, "not all of it could be pinned"
-    taken = (time.monotonic() - begun) * 16 / gib
-    tier.close()
-    return Row("map, touch and register 16 GiB", taken, 1, False, "s", note=f"{gib} GiB")
+    moves = moves_of(SMALL, random.Random(0), len(host), frames, whole=True)
+    for _ in range(4):
+        staging.load(*moves)
+    staging.save(*moves).synchronize()
+    beside = before - torch.cuda.mem_get_info(DEVICE)[0] - pool.numel()
+    del streams
+    return Row(
+        "device memory beside the slab, of transfer.staging", beside / (64 << 20), 1.1, False, "x"
+    )
 
 
 def wait_for(move: Callable[..., Event], moves: Moves) -> None:

@@ -15,7 +15,7 @@ ABI: `cuda.h` of CUDA 12.8 and 13.0. A test compiles a driver of our own against
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
 from typing import Final, NamedTuple
@@ -66,11 +66,45 @@ class SourceOrder(IntEnum):
 
 
 class Copies(NamedTuple):
-    """Copies between plain addresses: int64 (n,) each, sizes in bytes."""
+    """Copies between plain addresses: int64 (n,) each, contiguous, sizes in bytes."""
 
     targets: Vector
     sources: Vector
     sizes: Vector
+
+    def part(self, start: int, stop: int) -> Copies:
+        """Some of them."""
+        return Copies(self.targets[start:stop], self.sources[start:stop], self.sizes[start:stop])
+
+
+class Launch:
+    """A launch of a kernel whose parameters all take 8 bytes: pointers and int64.
+
+    `values` may be changed between launches; the driver copies them.
+    """
+
+    def __init__(self, function: int, programs: int, threads: int, values: Sequence[int]) -> None:
+        count = len(values)
+        self.values = (ctypes.c_int64 * count)(*values)
+        start = ctypes.addressof(self.values)
+        self._places = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+        self.head = (function, programs, 1, 1, threads, 1, 1, 0)
+        self.places = ctypes.addressof(self._places)
+
+
+_pointer, _size, _uint = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
+#: Of calls that are made often: then ctypes takes plain ints.
+_ARGUMENTS: Final[dict[str, tuple[type, ...]]] = {
+    "cuCtxSetCurrent": (_pointer,),
+    "cuEventRecord": (_pointer, _pointer),
+    "cuEventQuery": (_pointer,),
+    "cuEventSynchronize": (_pointer,),
+    "cuStreamWaitEvent": (_pointer, _pointer, _uint),
+    "cuMemcpyAsync": (_pointer, _pointer, _size, _pointer),
+    "cuMemHostRegister_v2": (_pointer, _size, _uint),
+    "cuMemHostUnregister": (_pointer,),
+    "cuLaunchKernel": (_pointer, *(_uint,) * 7, _pointer, _pointer, _pointer),
+}
 
 
 class _Location(ctypes.Structure):
@@ -100,9 +134,17 @@ class Driver:
             for order in SourceOrder
         }
         # CUDA 13's has no place for the index of what failed; before 12.8 there is neither.
-        self._batch, self._names_failed = self._find("cuMemcpyBatchAsync_v2"), False
+        self._batch = getattr(self._library, "cuMemcpyBatchAsync_v2", None)
+        self._failed: tuple[object, ...] = ()
         if self._batch is None:
-            self._batch, self._names_failed = self._find("cuMemcpyBatchAsync"), True
+            self._batch = getattr(self._library, "cuMemcpyBatchAsync", None)
+            self._failed = (ctypes.pointer(ctypes.c_size_t(0)),)
+        for name, types in _ARGUMENTS.items():
+            for found in (self._library, self._waiting):
+                getattr(found, name).argtypes = types
+        if self._batch is not None:
+            vectors = (_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size)
+            self._batch.argtypes = (*vectors, *(_pointer for _ in self._failed), _pointer)
 
     @classmethod
     def load(cls) -> Driver | None:
@@ -167,12 +209,11 @@ class Driver:
 
     def host_register(self, address: int, size_bytes: int) -> None:
         """Pin host memory and map it for kernels. At most 1 GiB: a huge call can fail."""
-        arguments = (ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), _REGISTER_FLAGS)
-        self._wait_for("cuMemHostRegister_v2", *arguments)
+        self._wait_for("cuMemHostRegister_v2", address, size_bytes, _REGISTER_FLAGS)
 
     def host_unregister(self, address: int) -> None:
         """Undo `host_register` of the same address."""
-        self._wait_for("cuMemHostUnregister", ctypes.c_void_p(address))
+        self._wait_for("cuMemHostUnregister", address)
 
     def pinned_numbers(self, count: int) -> Vector:
         """Pinned memory for int64 (count,), that is never given back: small, and used again."""
@@ -187,20 +228,23 @@ class Driver:
         They may run in any order among themselves, so no two may touch the same bytes. Memory that
         is not pinned is for `copy_one_by_one`. The vectors may be freed when the call returns.
         """
-        if not len(copies.sizes):
+        count = len(copies.sizes)
+        if not count:
             return
         if self._batch is None:
             self.copy_one_by_one(copies, stream)
             return
-        failed = [ctypes.byref(ctypes.c_size_t(0))] if self._names_failed else []
+        targets, sources, sizes = copies
         code = self._batch(
-            *(ctypes.c_void_p(vector.ctypes.data) for vector in copies),
-            ctypes.c_size_t(len(copies.sizes)),
+            targets.__array_interface__["data"][0],
+            sources.__array_interface__["data"][0],
+            sizes.__array_interface__["data"][0],
+            count,
             self._orders[order],
             self._first,
-            ctypes.c_size_t(1),
-            *failed,
-            ctypes.c_void_p(stream),
+            1,
+            *self._failed,
+            stream,
         )
         if code:
             raise self._error("cuMemcpyBatchAsync", code)
@@ -208,13 +252,7 @@ class Driver:
     def copy_one_by_one(self, copies: Copies, stream: int) -> None:
         """As `copy`, a call each; for pageable memory, which the driver stages itself."""
         for target, source, size in zip(*(vector.tolist() for vector in copies), strict=True):
-            self._wait_for(
-                "cuMemcpyAsync",
-                ctypes.c_uint64(target),
-                ctypes.c_uint64(source),
-                ctypes.c_size_t(size),
-                ctypes.c_void_p(stream),
-            )
+            self._wait_for("cuMemcpyAsync", target, source, size, stream)
 
     # ---- order, and kernels
 
@@ -232,45 +270,32 @@ class Driver:
 
     def record(self, event: int, stream: int) -> None:
         """The event is when what is queued on the stream by now is done."""
-        self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+        if code := self._library.cuEventRecord(event, stream):
+            raise self._error("cuEventRecord", code)
 
     def order(self, stream: int, event: int) -> None:
         """What is queued on the stream from here on runs after the event."""
-        self._call("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+        if code := self._library.cuStreamWaitEvent(stream, event, 0):
+            raise self._error("cuStreamWaitEvent", code)
 
     def is_done(self, event: int) -> bool:
         """Whether the event has come; never waits."""
-        code = self._library.cuEventQuery(ctypes.c_void_p(event))
+        code = self._library.cuEventQuery(event)
         if code not in (0, _NOT_READY):
             raise self._error("cuEventQuery", code)
         return bool(code == 0)
 
     def wait(self, event: int) -> None:
         """Until the event has come."""
-        self._wait_for("cuEventSynchronize", ctypes.c_void_p(event))
+        self._wait_for("cuEventSynchronize", event)
 
-    def launch(
-        self, function: int, programs: int, threads: int, arguments: Sequence[int], stream: int
-    ) -> None:
-        """Launch a kernel whose parameters all take 8 bytes: pointers and int64."""
-        values = (ctypes.c_int64 * len(arguments))(*arguments)
-        start = ctypes.addressof(values)
-        places = (ctypes.c_void_p * len(arguments))(*range(start, start + 8 * len(values), 8))
-        self._call(
-            "cuLaunchKernel",
-            ctypes.c_void_p(function),
-            *(programs, 1, 1),
-            *(threads, 1, 1),
-            0,
-            ctypes.c_void_p(stream),
-            places,
-            None,
-        )
+    def launch(self, launch: Launch, stream: int) -> None:
+        """Queue a kernel on a stream."""
+        code = self._library.cuLaunchKernel(*launch.head, stream, launch.places, None)
+        if code:
+            raise self._error("cuLaunchKernel", code)
 
     # ---- calls
-
-    def _find(self, name: str) -> Callable[..., int] | None:
-        return getattr(self._library, name, None)
 
     def _int(self, name: str, *arguments: int) -> int:
         value = ctypes.c_int(0)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from tierkv.kernels.relayout import PROGRAMS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,24 +20,24 @@ if TYPE_CHECKING:
 _VECTOR_BYTES: Final = 16
 
 
-def gather_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
-    """rows[i] = pool[numbers[i]], on the current stream."""
+def gather_pages(pool: Tensor, numbers: Tensor, rows: Tensor, *, programs: int = PROGRAMS) -> None:
+    """rows[i] = pool[numbers[i]], on the current stream; `programs` bounds what a device gives."""
     if has_kernels(pool, rows):
         from tierkv.kernels.triton_pages import launch_copy
 
-        launch_copy(pool, numbers, rows, gather=True)
+        launch_copy(pool, numbers, rows, gather=True, programs=programs)
         return
     import torch
 
     torch.index_select(pool, 0, numbers, out=rows)
 
 
-def scatter_pages(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:
+def scatter_pages(pool: Tensor, numbers: Tensor, rows: Tensor, *, programs: int = PROGRAMS) -> None:
     """pool[numbers[i]] = rows[i], on the current stream; changes `pool`."""
     if has_kernels(pool, rows):
         from tierkv.kernels.triton_pages import launch_copy
 
-        launch_copy(pool, numbers, rows, gather=False)
+        launch_copy(pool, numbers, rows, gather=False, programs=programs)
         return
     pool.index_copy_(0, numbers, rows)
 

@@ -32,9 +32,11 @@ Numbers = npt.NDArray[np.int64]
 #: What one thread moves at a time; addresses, offsets, strides and rows are multiples of it.
 VECTOR_BYTES: Final = 16
 _WARP: Final = 32
+#: Where in `launch_values` the offsets' addresses and the number of blocks go.
+AT_SOURCE, AT_TARGET, AT_COUNT = 2, 3, 5
 #: Threads of a program.
 THREADS: Final = 512
-#: Programs of one launch: a small part of the device fills a link.
+#: Programs of one launch: enough to fill a link, a tenth of an H100 (vLLM #42212 chose 12).
 PROGRAMS: Final = 16
 
 
@@ -118,6 +120,12 @@ class Pool:
     def part(self, start: int, stop: int) -> Pool:
         """Some of its layers."""
         return Pool(self.layers[start:stop], self.arrangement)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every block of every layer begins on a whole vector."""
+        starts = (layer.data_ptr() for layer in self.layers)
+        return not any(start % VECTOR_BYTES for start in (self.arrangement.block, *starts))
 
     def table(self, on: device) -> Tensor:
         """The layers' addresses, int64 on a device; made once."""
@@ -212,10 +220,9 @@ def move_blocks(shape: BlockShape, source: Side, target: Side, *, programs: int 
     """
     require_inside(shape, source)
     require_inside(shape, target)
-    plan = plan_move(shape, source.pool.arrangement, target.pool.arrangement)
     on = _device_of(source.pool, target.pool)
-    if on.type == "cuda" and has_kernel(plan):
-        _launch(plan, source, target, on, programs)
+    if on.type == "cuda" and has_kernel(shape, source.pool, target.pool):
+        _launch(shape, source, target, on, programs)
     else:
         move_by_reference(shape, source, target)
 
@@ -338,35 +345,37 @@ def _device_of(source: Pool, target: Pool) -> device:
     return on if on.type == "cuda" else source.layers[0].device
 
 
-def has_kernel(plan: MovePlan) -> bool:
-    """Whether the kernel can carry a plan out on a CUDA device, or the reference has to."""
-    return plan.is_aligned and find_spec("cupy") is not None
+def has_kernel(shape: BlockShape, source: Pool, target: Pool) -> bool:
+    """Whether the kernel can carry a move out on a CUDA device, or the reference has to."""
+    if find_spec("cupy") is None or not (source.is_aligned and target.is_aligned):
+        return False
+    return plan_move(shape, source.arrangement, target.arrangement).is_aligned
 
 
-def _launch(plan: MovePlan, source: Side, target: Side, on: device, programs: int) -> None:
+def _launch(shape: BlockShape, source: Side, target: Side, on: device, programs: int) -> None:
     import cupy
     import torch
 
     stream = torch.cuda.current_stream(on)
     source, target = (side._replace(offsets=_to(side.offsets, on)) for side in (source, target))
+    values = launch_values(shape, source.pool, target.pool, on)
+    values[AT_SOURCE], values[AT_TARGET] = source.offsets.data_ptr(), target.offsets.data_ptr()
+    values[AT_COUNT] = len(source.offsets)
     with cupy.cuda.Device(on.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-        arguments = launch_arguments(plan, source, target, on)
-        _kernel()((programs,), (THREADS,), arguments)
+        _kernel()((programs,), (THREADS,), tuple(values))
     for side in (source, target):  # torch may reuse their memory only after the kernel has read it
         side.offsets.record_stream(stream)
 
 
-def launch_arguments(plan: MovePlan, source: Side, target: Side, on: device) -> tuple[int, ...]:
-    """What the kernel is launched with; offsets lie on the device and were checked."""
-    pointers = [
-        source.pool.table(on).data_ptr(),
-        target.pool.table(on).data_ptr(),
-        source.offsets.data_ptr(),
-        target.offsets.data_ptr(),
-    ]
-    layers, blocks = len(source.pool.layers), len(source.offsets)
+def launch_values(shape: BlockShape, source: Pool, target: Pool, on: device) -> list[int]:
+    """What the kernel is launched with, but for `AT_SOURCE`, `AT_TARGET` and `AT_COUNT`.
+
+    Those are the addresses of the offsets, int64 on the device, and how many blocks there are.
+    """
+    plan = plan_move(shape, source.arrangement, target.arrangement)
+    tables = (pool.table(on).data_ptr() for pool in (source, target))
     loops = _loops(plan.loop_table, on).data_ptr()
-    return (*pointers, layers, blocks, loops, plan.vectors, plan.lanes)
+    return [*tables, 0, 0, len(source.layers), 0, loops, plan.vectors, plan.lanes]
 
 
 @cache

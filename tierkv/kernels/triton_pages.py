@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 import triton
 import triton.language as tl
 
+from tierkv.kernels.relayout import PROGRAMS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Programs of one launch: enough to fill a link, a tenth of an H100 (vLLM #42212 chose 12).
-PROGRAMS: Final = 16
 #: Words of 4 bytes, and values, that a program moves at a time: 16 bytes for each of 256 threads.
 CHUNK_WORDS: Final = 1024
 CHUNK_VALUES: Final = 2048

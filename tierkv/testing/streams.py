@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from tierkv.kernels.driver import Copies
-from tierkv.kernels.relayout import BlockShape, Side, move_by_reference
+from tierkv.kernels.relayout import BlockShape, Pool, Side, move_by_reference
 from tierkv.transfer.streams import Event, Index, Numbers, Queue
 
 
@@ -109,23 +109,37 @@ class RecordingStreams:
         self.copies.append((queue, len(rows), total, pinned))
         self.queue(f"{len(rows)} copies of {total} bytes", queue, accesses, run)
 
-    def upload(self, queue: Queue, numbers: Numbers) -> Index:
+    def begin(self) -> None:
+        """See `Streams.begin`."""
+
+    def upload(self, queue: Queue, sources: Numbers, targets: Numbers) -> Index:
         """See `Streams.upload`. The numbers are there at once; reading them too soon is a race."""
-        index = Index(torch.from_numpy(numbers.copy()))
+        index = Index(torch.from_numpy(np.concatenate((sources, targets))), len(sources))
         self._uploads.append(index)  # memory that is freed and used again would look like a race
         written = [_access(index.numbers, writes=True)]
-        self.queue(f"upload of {len(numbers)} numbers", queue, written, lambda: None)
+        self.queue(f"upload of {index.count} offsets", queue, written, lambda: None)
         return index
 
-    def move(self, queue: Queue, shape: BlockShape, source: Side, target: Side) -> None:
+    def move(
+        self,
+        queue: Queue,
+        shape: BlockShape,
+        source: Pool,
+        target: Pool,
+        index: Index,
+        blocks: slice,
+    ) -> None:
         """See `Streams.move`."""
-        accesses = [*_side(shape, source, writes=False), *_side(shape, target, writes=True)]
-        accesses += [_access(side.offsets, writes=False) for side in (source, target)]
+        start, stop = blocks.start, blocks.stop
+        read = Side(source, index.numbers[start:stop])
+        written = Side(target, index.numbers[index.count + start : index.count + stop])
+        accesses = [*_side(shape, read, writes=False), *_side(shape, written, writes=True)]
+        accesses += [_access(side.offsets, writes=False) for side in (read, written)]
 
         def run() -> None:
-            move_by_reference(shape, source, target)
+            move_by_reference(shape, read, written)
 
-        self.queue(f"move of {len(source.offsets)} blocks", queue, accesses, run)
+        self.queue(f"move of {stop - start} blocks", queue, accesses, run)
 
     def queue(
         self, name: str, queue: str, accesses: list[Access], run: Callable[[], object]

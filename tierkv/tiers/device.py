@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tierkv.core.errors import TierFailed
 from tierkv.core.geometry import PagePlan
 from tierkv.core.tier import Span
-from tierkv.kernels.relayout import BlockShape, PagePool
+from tierkv.kernels.relayout import PROGRAMS, BlockShape, PagePool
 from tierkv.tiers.slab import SlabHandle, allocate_slab, export_slab
 
 if TYPE_CHECKING:
@@ -32,10 +32,13 @@ Bytes = npt.NDArray[np.uint8]
 class DeviceTier:
     """The slab of hot pages."""
 
-    def __init__(self, plan: PagePlan, *, frames: int, device: str = "auto") -> None:
+    def __init__(
+        self, plan: PagePlan, *, frames: int, device: str = "auto", programs: int = PROGRAMS
+    ) -> None:
         self.plan = plan
         self.frames = frames
         self._wanted = device
+        self._programs = programs
         # CUDA: the last use of the slab on each stream, and whose turn it is to add to them.
         self._marks: dict[int, Event] = {}
         self._turn = threading.Lock()
@@ -94,7 +97,7 @@ class DeviceTier:
         chosen = chosen.to(self.device)
         rows = chosen.reshape(-1, self.plan.hot_page_bytes)
         with self._in_order():
-            scatter_pages(self.pool, self._numbers(frames), rows)
+            scatter_pages(self.pool, self._numbers(frames), rows, programs=self._programs)
 
     def read(self, spans: Sequence[Span], out: Bytes | Tensor) -> None:
         """Gather blocks out into `out` uint8 (layers, blocks, block_layer_bytes), any strides."""
@@ -112,7 +115,7 @@ class DeviceTier:
         shape = (len(numbers), self.plan.hot_page_bytes)
         rows = torch.empty(shape, dtype=torch.uint8, device=self.device)
         with self._in_order():
-            gather_pages(self.pool, numbers, rows)
+            gather_pages(self.pool, numbers, rows, programs=self._programs)
         blocks = rows.reshape(len(frames), self.plan.layers, self.plan.block_layer_bytes)
         target = torch.from_numpy(out) if isinstance(out, np.ndarray) else out
         low, high = indices[0], indices[-1] + 1

@@ -165,6 +165,11 @@ class TransferEngine:
         """Transfers that have not ended."""
         return len(self._batches)
 
+    def route_bytes(self) -> dict[str, int]:
+        """Bytes that crossed the link to the device, by route; empty where there is no ring."""
+        moved = {} if self._staging is None else self._staging.moved_bytes
+        return {route.name.lower(): count for route, count in moved.items()}
+
     def close(self) -> None:
         """Let everything queued end, then join the threads."""
         for lane in self._lanes.values():

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tierkv.core.geometry import KIB, MIB
 from tierkv.kernels.driver import Copies
-from tierkv.kernels.relayout import Arrangement, BlockShape, Pool, Side
+from tierkv.kernels.relayout import Arrangement, BlockShape, Pool
 from tierkv.transfer.streams import Queue, Streams
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def _copy_rate(streams: Streams, queue: Queue, source: Tensor, target: Tensor, p
     draw = np.random.default_rng(0)
     starts = [draw.permutation(count).astype(np.int64) * piece for _ in range(2)]
     sizes = np.full(count, min(piece, source.numel()), np.int64)
+    streams.begin()
     copies = Copies(target.data_ptr() + starts[0], source.data_ptr() + starts[1], sizes)
     return _rate(int(sizes.sum()), lambda: streams.copy(queue, copies), streams, queue)
 
@@ -175,14 +176,12 @@ def _kernel_rate(streams: Streams, source: Tensor, target: Tensor) -> float:
     count = source.numel() // _ROW_BYTES
     draw = np.random.default_rng(1)
     offsets = [draw.permutation(count).astype(np.int64) * _ROW_BYTES for _ in range(2)]
-    index = streams.upload(Queue.RELAYOUT, np.concatenate(offsets))
-    sides = [
-        Side(Pool((memory,), at), index.numbers[n * count : (n + 1) * count])
-        for n, memory in enumerate((source, target))
-    ]
+    streams.begin()
+    index = streams.upload(Queue.RELAYOUT, *offsets)
+    pools = Pool((source,), at), Pool((target,), at)
     rate = _rate(
         count * _ROW_BYTES,
-        lambda: streams.move(Queue.RELAYOUT, shape, *sides),
+        lambda: streams.move(Queue.RELAYOUT, shape, *pools, index, slice(0, count)),
         streams,
         Queue.RELAYOUT,
     )

@@ -39,7 +39,7 @@ class PageBatch:
     @property
     def count(self) -> Numbers:
         """Blocks of each page."""
-        return np.diff(self.first)
+        return self.first[1:] - self.first[:-1]
 
     def only(self, chosen: Flags) -> PageBatch:
         """The blocks of some of the pages."""

@@ -33,7 +33,7 @@ import numpy as np
 from tierkv.core.errors import GeometryMismatch
 from tierkv.core.geometry import MIB, PagePlan
 from tierkv.kernels.driver import Copies
-from tierkv.kernels.relayout import Arrangement, BlockShape, PagePool, Pool, Side
+from tierkv.kernels.relayout import Arrangement, BlockShape, PagePool, Pool
 from tierkv.transfer.link_profile import PUBLISHED, LinkProfile
 from tierkv.transfer.page_batch import Flags, Numbers, PageBatch
 from tierkv.transfer.streams import Event, Index, Queue, Streams
@@ -65,13 +65,11 @@ class BlockPool(Protocol):
 
 
 class _Copies(NamedTuple):
-    """All copies of a batch, by page: `slot` from a slot's start, `host` an address."""
+    """All copies of a call; those of group n are ``edges[n]`` up to ``edges[n + 1]``."""
 
-    slot: Numbers
-    host: Numbers
-    sizes: Numbers
-    pages: Numbers  # the page's position in the batch
-    regions: Numbers | None
+    all: Copies
+    edges: list[int]
+    pinned: Flags | None
 
 
 class Staging:
@@ -111,12 +109,16 @@ class Staging:
         self._apart = len(frames.pool.layers) // plan.layers
         size = self._slot_pages * plan.warm_page_bytes
         memory = torch.empty((slots, size), dtype=torch.uint8, device=frames.pool.layers[0].device)
-        self._slots = [self._pages_in(slot) for slot in memory]
-        self._addresses = [slot.data_ptr() for slot in memory]
+        self._slots = [self._pages_in(slot).pool for slot in memory]
+        self._addresses = np.array([slot.data_ptr() for slot in memory])
         # For a layer at a time: the same slots, a page in them being one layer of a warm page.
         self._layer_bytes = plan.warm_page_blocks * plan.block_layer_bytes
-        self._layer_slots = [self._pages_in(slot, layers=1) for slot in memory]
-        self._arena = self._pages_in(host.view(-1))
+        self._layer_slots = [self._pages_in(slot, layers=1).pool for slot in memory]
+        self._layers = [
+            frames.pool.part(layer * self._apart, (layer + 1) * self._apart)
+            for layer in range(plan.layers)
+        ]
+        self._arena = self._pages_in(host.view(-1)).pool
         self._released: list[Event | None] = [None] * slots
         self._next = 0
         self._count = len(host) * plan.warm_page_blocks
@@ -163,39 +165,37 @@ class Staging:
         Attention of a layer can begin while the next ones cross the link. A layer of a warm page is
         one run; where it is smaller than the crossover `load` is better.
         """
-        plan, step = self._plan, self._layer_bytes
+        plan, step, streams = self._plan, self._layer_bytes, self._streams
         batch = self._batch(places, frames)
         self._wait_for(after)
         room = self._slot_pages * plan.layers
-        rank = np.arange(len(batch.pages), dtype=np.int64) % room * step
-        offsets = np.repeat(rank, batch.count) + batch.within * plan.block_layer_bytes
+        group, rank = np.divmod(np.arange(len(batch.pages), dtype=np.int64), room)
+        offsets = np.repeat(rank * step, batch.count) + batch.within * plan.block_layer_bytes
         host = self._host.data_ptr() + batch.pages * plan.warm_page_bytes
         size = np.full(len(rank), step, np.int64)
-        regions = None if self._regions is None else self._regions(batch.pages)
-        copies = _Copies(rank, host, size, np.arange(len(rank)), regions)
+        groups = list(self._groups(batch, room))
+        edges = [0, *(pages.stop for pages, _ in groups)]
+        pinned = None if self._regions is None else self._regions(batch.pages) >= 0
         events = []
-        with _Indices(self._streams) as indices:
-            slot, frame = indices.put(Queue.TO_DEVICE, offsets, batch.frames)
-            for layer in range(plan.layers):
-                layers = self._frames.pool.part(layer * self._apart, (layer + 1) * self._apart)
-                of_layer = copies._replace(host=host + layer * step)
-                for pages, blocks in self._groups(batch, room):
-                    number = self._take(Queue.TO_DEVICE)
-                    self._copy(Queue.TO_DEVICE, of_layer, pages, number)
-                    self._streams.wait(Queue.RELAYOUT, self._streams.record(Queue.TO_DEVICE))
-                    self._streams.move(
-                        Queue.RELAYOUT,
-                        self._frames.shape,
-                        Side(self._layer_slots[number].pool, slot[blocks]),
-                        Side(layers, frame[blocks]),
-                    )
-                    self._released[number] = self._streams.record(Queue.RELAYOUT)
-                events.append(self._streams.record(Queue.RELAYOUT))
+        with _Indices(streams) as indices:
+            index = indices.put(Queue.TO_DEVICE, offsets, batch.frames)
+            for layer, target in enumerate(self._layers):
+                slots = self._slot_addresses(group) + rank * step
+                copies = _Copies(Copies(slots, host + layer * step, size), edges, pinned)
+                for number, (_, blocks) in enumerate(groups):
+                    slot = self._take(Queue.TO_DEVICE)
+                    self._copy(Queue.TO_DEVICE, copies, number)
+                    streams.wait(Queue.RELAYOUT, streams.record(Queue.TO_DEVICE))
+                    source = self._layer_slots[slot]
+                    streams.move(Queue.RELAYOUT, self._frames.shape, source, target, index, blocks)
+                    self._released[slot] = streams.record(Queue.RELAYOUT)
+                events.append(streams.record(Queue.RELAYOUT))
         self.moved_bytes[Route.PAGE] += len(batch.pages) * plan.warm_payload_bytes
         return events
 
     def drain(self) -> None:
         """Wait until nothing is under way."""
+        self._streams.begin()
         for queue in Queue:
             self._streams.record(queue).synchronize()
 
@@ -203,8 +203,12 @@ class Staging:
 
     def _routes(self, queue: Queue, batch: PageBatch) -> Numbers:
         """The fastest route of each page, by the profile."""
-        plan, count = self._plan, batch.count
-        routes = np.full(len(count), self._full_page_route[queue], np.int64)
+        plan = self._plan
+        routes = np.full(len(batch.pages), self._full_page_route[queue], np.int64)
+        if len(batch.within) == len(routes) * plan.warm_page_blocks and self._regions is None:
+            self.moved_bytes[self._full_page_route[queue]] += len(routes) * plan.warm_payload_bytes
+            return routes
+        count = batch.count
         partial = count != plan.warm_page_blocks
         if partial.any():
             routes[partial] = self._partial_routes(queue, batch.only(partial))
@@ -231,55 +235,55 @@ class Staging:
 
     def _move_mapped(self, batch: PageBatch, indices: _Indices, *, is_up: bool) -> None:
         """By the kernel alone, between the arena and the frames."""
-        plan = self._plan
+        plan, ends = self._plan, (self._arena, self._frames.pool)
         page = np.repeat(batch.pages * plan.warm_page_bytes, batch.count)
-        places = page + batch.within * plan.block_layer_bytes
-        host, frame = indices.put(Queue.RELAYOUT, places, batch.frames)
-        sides = Side(self._arena.pool, host), Side(self._frames.pool, frame)
-        source, target = sides if is_up else reversed(sides)
-        self._streams.move(Queue.RELAYOUT, self._frames.shape, source, target)
+        offsets = (page + batch.within * plan.block_layer_bytes, batch.frames)
+        if not is_up:
+            ends, offsets = ends[::-1], offsets[::-1]
+        index = indices.put(Queue.RELAYOUT, *offsets)
+        blocks = slice(0, len(batch.frames))
+        self._streams.move(Queue.RELAYOUT, self._frames.shape, *ends, index, blocks)
 
     def _load_staged(self, batch: PageBatch, whole: Flags, indices: _Indices) -> None:
-        streams, shape = self._streams, self._frames.shape
+        streams, shape, frames = self._streams, self._frames.shape, self._frames.pool
         whole = whole | (batch.count == self._plan.warm_page_blocks)
-        copies = self._copies(batch, whole, self._plan.warm_page_bytes)
-        slot, frame = indices.put(Queue.TO_DEVICE, self._slot_offsets(batch), batch.frames)
-        for pages, blocks in self._groups(batch, self._slot_pages):
-            number = self._take(Queue.TO_DEVICE)
-            self._copy(Queue.TO_DEVICE, copies, pages, number)
+        copies = self._copies(Queue.TO_DEVICE, batch, whole)
+        index = indices.put(Queue.TO_DEVICE, self._slot_offsets(batch), batch.frames)
+        for number, (_, blocks) in enumerate(self._groups(batch, self._slot_pages)):
+            slot = self._take(Queue.TO_DEVICE)
+            self._copy(Queue.TO_DEVICE, copies, number)
             streams.wait(Queue.RELAYOUT, streams.record(Queue.TO_DEVICE))
-            source = Side(self._slots[number].pool, slot[blocks])
-            streams.move(Queue.RELAYOUT, shape, source, Side(self._frames.pool, frame[blocks]))
-            self._released[number] = streams.record(Queue.RELAYOUT)
+            streams.move(Queue.RELAYOUT, shape, self._slots[slot], frames, index, blocks)
+            self._released[slot] = streams.record(Queue.RELAYOUT)
 
     def _save_staged(self, batch: PageBatch, indices: _Indices) -> Event:
-        streams, shape = self._streams, self._frames.shape
-        # Without its padding, which would spoil the page's own.
-        whole = batch.count == self._plan.warm_page_blocks
-        copies = self._copies(batch, whole, self._plan.warm_payload_bytes)
-        slot, frame = indices.put(Queue.RELAYOUT, self._slot_offsets(batch), batch.frames)
+        streams, shape, frames = self._streams, self._frames.shape, self._frames.pool
+        copies = self._copies(Queue.TO_HOST, batch, batch.count == self._plan.warm_page_blocks)
+        index = indices.put(Queue.RELAYOUT, batch.frames, self._slot_offsets(batch))
         done: Event | None = None
-        for pages, blocks in self._groups(batch, self._slot_pages):
-            number = self._take(Queue.RELAYOUT)
-            target = Side(self._slots[number].pool, slot[blocks])
-            streams.move(Queue.RELAYOUT, shape, Side(self._frames.pool, frame[blocks]), target)
+        for number, (_, blocks) in enumerate(self._groups(batch, self._slot_pages)):
+            slot = self._take(Queue.RELAYOUT)
+            streams.move(Queue.RELAYOUT, shape, frames, self._slots[slot], index, blocks)
             streams.wait(Queue.TO_HOST, streams.record(Queue.RELAYOUT))
-            self._copy(Queue.TO_HOST, copies, pages, number)
-            done = self._released[number] = streams.record(Queue.TO_HOST)
+            self._copy(Queue.TO_HOST, copies, number)
+            done = self._released[slot] = streams.record(Queue.TO_HOST)
         # Mapped blocks came before the gathers on their stream, and the copies after them.
         assert done is not None
         return done
 
     # ---- copies
 
-    def _copies(self, batch: PageBatch, whole: Flags, page_bytes: int) -> _Copies:
-        """Whole pages as one copy of `page_bytes`, of others each run in each layer."""
-        plan = self._plan
+    def _copies(self, queue: Queue, batch: PageBatch, whole: Flags) -> _Copies:
+        """Whole pages as one copy each, of others each run in each layer; neighbours joined.
+
+        Up with their padding, so that neighbours are one copy; down it would spoil the page's own.
+        """
+        plan, up = self._plan, queue is Queue.TO_DEVICE
         page = np.flatnonzero(whole)
         within: Numbers = np.zeros(len(page), np.int64)
-        size = np.full(len(page), page_bytes, np.int64)
+        size = np.full(len(page), plan.warm_page_bytes if up else plan.warm_payload_bytes, np.int64)
         if len(page) < len(whole):
-            some, first, count = (part for part in batch.only(~whole).runs())
+            some, first, count = batch.only(~whole).runs()
             layers = np.arange(plan.layers, dtype=np.int64)[:, None] * self._layer_bytes
             starts = (layers + first * plan.block_layer_bytes).ravel()
             lengths = np.tile(count * plan.block_layer_bytes, plan.layers)
@@ -289,36 +293,42 @@ class Staging:
             within = np.concatenate((within, starts))[order]
             size = np.concatenate((size, lengths))[order]
         group, rank = np.divmod(page, self._slot_pages)
-        slot = rank * plan.warm_page_bytes + within
+        slot = self._slot_addresses(group) + rank * plan.warm_page_bytes + within
         host = self._host.data_ptr() + batch.pages[page] * plan.warm_page_bytes + within
-        regions = None if self._regions is None else self._regions(batch.pages[page])
         goes_on = (slot[1:] == slot[:-1] + size[:-1]) & (host[1:] == host[:-1] + size[:-1])
         goes_on &= group[1:] == group[:-1]
-        if regions is not None:
+        pinned = None
+        if self._regions is not None:
+            regions = self._regions(batch.pages[page])
             goes_on &= regions[1:] == regions[:-1]
-        if goes_on.any():  # neighbours on both sides are one copy
-            begin = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+            pinned = regions >= 0
+        if goes_on.any():
+            begin = np.concatenate(([0], np.flatnonzero(~goes_on) + 1))
             size = np.add.reduceat(size, begin)
-            slot, host, page = slot[begin], host[begin], page[begin]
-            regions = None if regions is None else regions[begin]
-        return _Copies(slot, host, size, page, regions)
+            slot, host, group = slot[begin], host[begin], group[begin]
+            pinned = None if pinned is None else pinned[begin]
+        edges = group.searchsorted(np.arange(int(group[-1]) + 2)).tolist()
+        copies = Copies(slot, host, size) if up else Copies(host, slot, size)
+        return _Copies(copies, edges, None if pinned is None or pinned.all() else pinned)
 
-    def _copy(self, queue: Queue, copies: _Copies, pages: slice, number: int) -> None:
-        """Those of one group, between the arena and a slot."""
-        first, last = copies.pages.searchsorted((pages.start, pages.stop))
-        part = slice(first, last)
-        slot, host = copies.slot[part] + self._addresses[number], copies.host[part]
-        targets, sources = (slot, host) if queue is Queue.TO_DEVICE else (host, slot)
-        found = Copies(targets, sources, copies.sizes[part])
-        pinned = None if copies.regions is None else copies.regions[part] >= 0
-        if pinned is None or pinned.all():
-            self._streams.copy(queue, found)
+    def _copy(self, queue: Queue, copies: _Copies, number: int) -> None:
+        """Those of one group; what is not pinned by itself."""
+        start, stop = copies.edges[number : number + 2]
+        part = copies.all.part(start, stop)
+        if copies.pinned is None:
+            self._streams.copy(queue, part)
             return
+        pinned = copies.pinned[start:stop]
         for flag in (True, False):
             chosen = pinned == flag
             if chosen.any():
-                only = Copies(*(vector[chosen] for vector in found))
+                only = Copies(*(vector[chosen] for vector in part))
                 self._streams.copy(queue, only, pinned=flag)
+
+    def _slot_addresses(self, group: Numbers) -> Numbers:
+        """Of the slots that the groups of a call will take, one after the other."""
+        slots: Numbers = self._addresses[(self._next + group) % len(self._addresses)]
+        return slots
 
     # ---- batches and slots
 
@@ -361,6 +371,8 @@ class Staging:
         return number
 
     def _wait_for(self, after: Sequence[Event]) -> None:
+        """Begin, behind these events."""
+        self._streams.begin()
         for event in after:
             self._streams.wait(Queue.RELAYOUT, event)
 
@@ -392,12 +404,11 @@ class _Indices:
     def __enter__(self) -> Self:
         return self
 
-    def put(self, queue: Queue, first: Numbers, second: Numbers) -> tuple[Tensor, Tensor]:
-        """Both on the device, in one upload; kernels may read them once `queue` got there."""
-        index = self._streams.upload(queue, np.concatenate((first, second)))
+    def put(self, queue: Queue, sources: Numbers, targets: Numbers) -> Index:
+        """Offsets, in one upload; kernels may read them once `queue` got there."""
+        index = self._streams.upload(queue, sources, targets)
         self._used.append(index)
-        count = len(first)
-        return index.numbers[:count], index.numbers[count : 2 * count]
+        return index
 
     def __exit__(self, *_: object) -> None:
         self.end = self._streams.record(Queue.RELAYOUT)

@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.kernels.driver import Copies, Driver, SourceOrder
+from tierkv.kernels.driver import Copies, Driver, Launch, SourceOrder
 from tierkv.kernels.relayout import (
+    AT_COUNT,
+    AT_SOURCE,
+    AT_TARGET,
     PROGRAMS,
     THREADS,
     BlockShape,
+    Pool,
     Side,
     has_kernel,
     kernel_function,
-    launch_arguments,
+    launch_values,
     move_by_reference,
-    plan_move,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 Numbers = npt.NDArray[np.int64]
 
 #: Index vectors are kept in steps of this many numbers, so that they are used again.
-_INDEX_STEP: Final = 4096
+_INDEX_STEP: Final = 8192
 
 
 class Queue(StrEnum):
@@ -60,14 +63,22 @@ class Event(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Index:
-    """Numbers on the device, int64 (n,). Give it back with the event of its last use."""
+    """Where blocks begin on both sides of a move: int64 on the device, sources, then targets.
+
+    `until` is set to the event of its last use, and gives its memory free.
+    """
 
     numbers: Tensor
+    count: int
     until: Event | None = None
 
 
 class Streams(Protocol):
     """A device's queues. Calls return at once; any thread, one at a time."""
+
+    def begin(self) -> None:
+        """This thread is going to queue something."""
+        ...
 
     def copy(self, queue: Queue, copies: Copies, *, pinned: bool = True) -> None:
         """Copy between host and device addresses; no two touch the same bytes.
@@ -76,12 +87,20 @@ class Streams(Protocol):
         """
         ...
 
-    def upload(self, queue: Queue, numbers: Numbers) -> Index:
-        """Numbers for kernels to read: on the device after what is queued so far."""
+    def upload(self, queue: Queue, sources: Numbers, targets: Numbers) -> Index:
+        """Offsets for moves to read: on the device after what is queued so far."""
         ...
 
-    def move(self, queue: Queue, shape: BlockShape, source: Side, target: Side) -> None:
-        """`move_blocks` with offsets that `upload` gave. One side may be mapped host memory."""
+    def move(
+        self,
+        queue: Queue,
+        shape: BlockShape,
+        source: Pool,
+        target: Pool,
+        index: Index,
+        blocks: slice,
+    ) -> None:
+        """`move_blocks` for some blocks of an index. One pool may be mapped host memory."""
         ...
 
     def record(self, queue: Queue) -> Event:
@@ -139,10 +158,14 @@ class CudaStreams:
         }
         self._free_events: list[int] = []
         self._indices: list[tuple[Numbers, Index]] = []
+        self._launches: dict[tuple[Pool, Pool], Launch | None] = {}
+
+    def begin(self) -> None:
+        """Make the device's context current."""
+        self._driver.use(self._number)
 
     def copy(self, queue: Queue, copies: Copies, *, pinned: bool = True) -> None:
         """One call for all of them, by the copy engines."""
-        self._driver.use(self._number)
         if not pinned:
             self._driver.copy_one_by_one(copies, self._streams[queue])
             return
@@ -151,46 +174,84 @@ class CudaStreams:
         order = SourceOrder.ANY if queue is Queue.TO_DEVICE else SourceOrder.STREAM
         self._driver.copy(copies, self._streams[queue], order)
 
-    def upload(self, queue: Queue, numbers: Numbers) -> Index:
+    def upload(self, queue: Queue, sources: Numbers, targets: Numbers) -> Index:
         """Through pinned memory of our own, that is used again when its last reader is done."""
         import torch
 
-        count = len(numbers)
+        count = len(sources)
         for host, index in self._indices:
-            if len(host) >= count and index.until is not None and index.until.query():
+            if len(host) >= 2 * count and index.until is not None and index.until.query():
                 break
         else:
-            room = -(-count // _INDEX_STEP) * _INDEX_STEP
+            room = -(-2 * count // _INDEX_STEP) * _INDEX_STEP
             host = self._driver.pinned_numbers(room)
-            index = Index(torch.empty(room, dtype=torch.int64, device=self._device))
+            index = Index(torch.empty(room, dtype=torch.int64, device=self._device), 0)
             self._indices.append((host, index))
-        index.until = None
-        host[:count] = numbers
-        ends = (index.numbers.data_ptr(), host.ctypes.data, count * host.itemsize)
+        index.count, index.until = count, None
+        host[:count], host[count : 2 * count] = sources, targets
+        ends = (index.numbers.data_ptr(), host.ctypes.data, 2 * count * host.itemsize)
         self.copy(queue, Copies(*(np.array([end]) for end in ends)))
         return index
 
-    def move(self, queue: Queue, shape: BlockShape, source: Side, target: Side) -> None:
+    def move(
+        self,
+        queue: Queue,
+        shape: BlockShape,
+        source: Pool,
+        target: Pool,
+        index: Index,
+        blocks: slice,
+    ) -> None:
         """The kernel, on this queue's stream."""
+        launch = self._launches.get((source, target))
+        if launch is None:
+            launch = self._prepared(shape, source, target)
+        if launch is None:
+            self._move_by_reference(queue, shape, source, target, index, blocks)
+            return
+        size = index.numbers.itemsize
+        first = index.numbers.data_ptr() + blocks.start * size
+        launch.values[AT_SOURCE] = first
+        launch.values[AT_TARGET] = first + index.count * size
+        launch.values[AT_COUNT] = blocks.stop - blocks.start
+        self._driver.launch(launch, self._streams[queue])
+
+    def _prepared(self, shape: BlockShape, source: Pool, target: Pool) -> Launch | None:
+        """The launch between two pools, but for its blocks; None where the kernel cannot do it."""
+        if not has_kernel(shape, source, target):
+            return None
+        values = launch_values(shape, source, target, self._device)
+        launch = Launch(self._kernel(), self._programs, THREADS, values)
+        self._launches[source, target] = launch
+        return launch
+
+    def _move_by_reference(
+        self,
+        queue: Queue,
+        shape: BlockShape,
+        source: Pool,
+        target: Pool,
+        index: Index,
+        blocks: slice,
+    ) -> None:
         import torch
 
-        plan = plan_move(shape, source.pool.arrangement, target.pool.arrangement)
-        if has_kernel(plan):
-            self._driver.use(self._number)
-            function = self._kernel()
-            arguments = launch_arguments(plan, source, target, self._device)
-            self._driver.launch(function, self._programs, THREADS, arguments, self._streams[queue])
-            return
+        start, stop = blocks.start, blocks.stop
         with torch.cuda.stream(torch.cuda.ExternalStream(self._streams[queue], self._device)):
-            move_by_reference(shape, source, target)
+            read = Side(source, index.numbers[start:stop])
+            written = Side(target, index.numbers[index.count + start : index.count + stop])
+            move_by_reference(shape, read, written)
 
     def record(self, queue: Queue) -> Event:
         """An event without timing."""
-        self._driver.use(self._number)
         handle = self._free_events.pop() if self._free_events else self._driver.event()
         self._driver.record(handle, self._streams[queue])
         return DriverEvent(self._driver, handle, self._free_events)
 
     def wait(self, queue: Queue, event: Event) -> None:
         """By the device; the host goes on. Events of torch's are taken as well."""
-        self._driver.order(self._streams[queue], event.cuda_event)  # type: ignore[attr-defined]
+        self.hold(self._streams[queue], event)
+
+    def hold(self, stream: int, event: Event) -> None:
+        """As `wait`, for any stream by its handle: an engine's, before it attends to a layer."""
+        self._driver.order(stream, event.cuda_event)  # type: ignore[attr-defined]
