@@ -28,6 +28,7 @@ from tierkv.transfer.link_profile import (  # noqa: E402
     LinkProfile,
     measure_link,
 )
+from tierkv.transfer.spread import PlainSpread  # noqa: E402
 from tierkv.transfer.staging import Staging  # noqa: E402
 from tierkv.transfer.streams import CudaStreams, Queue  # noqa: E402
 
@@ -139,7 +140,7 @@ def test_the_ring_moves_blocks_through_the_driver(
     pool = PagePool(slab, row, layers=3, page_blocks=1, page_bytes=PLAN.block_bytes)
     way = Direction((1e9,) * len(SIZES), kernel_rate)
     staging = Staging(
-        streams, PLAN, host, pool, profile=LinkProfile(way, way, "made up"),
+        streams, host, PlainSpread(streams, PLAN, pool), profile=LinkProfile(way, way, "made up"),
         slots=2, slot_bytes=2 * PLAN.warm_page_bytes,
         regions=lambda numbers: np.where(numbers < 6, numbers // 2, -1),
     )  # fmt: skip

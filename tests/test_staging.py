@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from tierkv.codecs.grouped import Int4, Int8  # noqa: E402
 from tierkv.core.errors import GeometryMismatch  # noqa: E402
 from tierkv.core.geometry import KVGeometry, PagePlan, PageTargets  # noqa: E402
 from tierkv.kernels.relayout import (  # noqa: E402
@@ -27,6 +28,7 @@ from tierkv.kernels.relayout import (  # noqa: E402
 from tierkv.testing.streams import RecordingStreams, access  # noqa: E402
 from tierkv.transfer.link_profile import PUBLISHED, SIZES, Direction, LinkProfile  # noqa: E402
 from tierkv.transfer.page_batch import Numbers  # noqa: E402
+from tierkv.transfer.spread import CodedSpread, PlainSpread  # noqa: E402
 from tierkv.transfer.staging import Route, Staging  # noqa: E402
 from tierkv.transfer.streams import Queue  # noqa: E402
 
@@ -99,9 +101,8 @@ class World:
         )
         self.staging = Staging(
             self.streams,
-            PLAN,
             self.host,
-            self.frames,
+            PlainSpread(self.streams, PLAN, self.frames),
             profile=link,
             regions=None if pinned == PAGES else lambda pages: np.where(pages < pinned, 0, -1),
             slots=slots,
@@ -332,7 +333,7 @@ def test_a_part_of_a_large_page_crosses_as_its_runs() -> None:
     shape = BlockShape(1, 1, 1, plan.block_layer_bytes)
     frames = PagePool(slab, shape, layers=2, page_blocks=1, page_bytes=plan.block_bytes)
     streams = RecordingStreams()
-    staging = Staging(streams, plan, host, frames)
+    staging = Staging(streams, host, PlainSpread(streams, plan, frames))
     staging.load(np.array([9, 10, 11, 15]), np.array([0, 1, 2, 3])).synchronize()
 
     # Two runs in each of two layers, of 3 blocks and of 1.
@@ -390,8 +391,8 @@ def test_an_engines_own_paged_cache_is_filled_and_read_as_well(
     cache = Cache(shape, Pool(layers, at))
     world = World(seed)
     staging = Staging(
-        world.streams, PLAN, world.host, cache, profile=PROFILES[link],
-        slots=ring[0], slot_bytes=ring[1] * PLAN.warm_page_bytes,
+        world.streams, world.host, PlainSpread(world.streams, PLAN, cache),
+        profile=PROFILES[link], slots=ring[0], slot_bytes=ring[1] * PLAN.warm_page_bytes,
         regions=lambda pages: np.where(pages < pinned, 0, -1),
     )  # fmt: skip
     moves = moves_of(seed, pages)
@@ -420,6 +421,57 @@ def test_an_engines_own_paged_cache_is_filled_and_read_as_well(
     staging.save(*moves)
     world.streams.run(order)
     assert torch.equal(world.host, host)
+
+
+@drawn
+@pytest.mark.parametrize("codec", [Int8(), Int4()], ids=["int8", "int4"])
+def test_codes_cross_the_link_and_values_come_back_as_the_codec_says(
+    codec: Int8 | Int4,
+    seed: int, pages: int, ring: tuple[int, int], order: int, link: str, pinned: int,
+) -> None:  # fmt: skip
+    """Down with encoding, and up again into other frames, whole and layer by layer."""
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(FRAMES * 3, 64, generator=draw)
+    slab = values.clone().view(torch.uint8).view(-1)
+    streams = RecordingStreams()
+    spread = CodedSpread(streams, PLAN, slab, codec, torch.float32)
+    plan = spread.plan
+    assert plan.block_layer_bytes == codec.encoded_bytes(64, torch.float32)
+    host = torch.zeros(pages, plan.warm_page_bytes, dtype=torch.uint8)
+    staging = Staging(
+        streams, host, spread, profile=PROFILES[link],
+        regions=lambda numbers: np.where(numbers < pinned, 0, -1),
+        slots=ring[0], slot_bytes=ring[1] * plan.warm_page_bytes,
+    )  # fmt: skip
+    shuffle = np.random.default_rng(seed)
+    count = min(FRAMES // 2, pages * plan.warm_page_blocks)
+    places = shuffle.permutation(pages * plan.warm_page_blocks)[:count]
+    frames = shuffle.permutation(FRAMES)
+    saved, loaded = frames[:count], frames[count : 2 * count]
+    done = staging.save(places, saved)
+    streams.wait(Queue.TO_DEVICE, done)  # the same pages are read again
+    streams.wait(Queue.RELAYOUT, done)
+    half = count // 2
+    for part in (slice(0, half), slice(half, count)):
+        if part.start == part.stop:
+            continue
+        if part.start:
+            staging.load_layers(places[part], loaded[part])
+        else:
+            staging.load(places[part], loaded[part])
+    assert streams.races() == []
+    streams.run(order)
+
+    found = slab.view(torch.float32).view(FRAMES, 3, 64)
+    before = values.view(FRAMES, 3, 64)
+    codes = codec.encode(values)
+    kept = codec.decode(codes, 64, torch.float32).view(FRAMES, 3, 64)
+    assert torch.equal(found[loaded], kept[saved])
+    others = np.setdiff1d(np.arange(FRAMES), loaded)
+    assert torch.equal(found[others], before[others])
+    blocks = host[:, : plan.warm_payload_bytes].view(pages, *plan.warm_page_shape)
+    down = blocks.permute(0, 2, 1, 3).reshape(pages * plan.warm_page_blocks, 3, -1)
+    assert torch.equal(down[places], codes.view(FRAMES, 3, -1)[saved])
 
 
 def test_places_and_frames_that_do_not_exist_are_refused_before_anything_starts() -> None:

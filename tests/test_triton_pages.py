@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 
 from tierkv.codecs.grouped import GROUP, Int4, Int8  # noqa: E402
 from tierkv.kernels import triton_pages  # noqa: E402
-from tierkv.kernels.pages import gather_pages, scatter_pages  # noqa: E402
+from tierkv.kernels.pages import CodedRows, gather_pages, scatter_pages  # noqa: E402
 from tierkv.testing.codecs import DTYPES, values_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,6 +27,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning:tr
 def pool_of(pages: int, page_bytes: int, seed: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (pages, page_bytes), dtype=torch.uint8, generator=draw)
+
+
+def dense(pool: torch.Tensor, numbers: torch.Tensor, codes: torch.Tensor) -> CodedRows:
+    """Codes of single rows, one after the other."""
+    places = torch.arange(len(numbers), device=pool.device) * codes.shape[1]
+    return CodedRows(pool, numbers, codes.view(-1), places)
 
 
 @settings(deadline=None, max_examples=25)
@@ -69,11 +75,11 @@ def test_fused_codes_are_those_of_the_codec(
     expected = codec.encode(pool.cpu()[numbers.cpu()])
     codes = torch.zeros(expected.shape, dtype=torch.uint8, device=DEVICE)
     how = {"group": GROUP, "bits": codec.code_bits, "programs": programs}
-    triton_pages.launch_encode(pool, numbers, codes, **how)
+    triton_pages.launch_encode(dense(pool, numbers, codes), **how)
     assert torch.equal(codes.cpu(), expected)
 
     back = torch.zeros_like(pool)
-    triton_pages.launch_decode(back, numbers, codes, **how)
+    triton_pages.launch_decode(dense(back, numbers, codes), **how)
     assert torch.equal(back.cpu()[numbers.cpu()], codec.decode(expected, pool.shape[1], dtype))
     assert not back[[2, 3, 4, 5]].any(), "a page that was not asked for was written"
 
@@ -88,25 +94,67 @@ def test_a_group_that_is_not_finite_does_not_come_back_as_if_it_were(
     numbers = torch.tensor([0], device=DEVICE)
     width = codec.encoded_bytes(pool.shape[1], pool.dtype)
     codes = torch.zeros(1, width, dtype=torch.uint8, device=DEVICE)
-    triton_pages.launch_encode(pool, numbers, codes, group=GROUP, bits=codec.code_bits)
+    how = {"group": GROUP, "bits": codec.code_bits}
+    triton_pages.launch_encode(dense(pool, numbers, codes), **how)
     back = torch.zeros_like(pool)
-    triton_pages.launch_decode(back, numbers, codes, group=GROUP, bits=codec.code_bits)
+    triton_pages.launch_decode(dense(back, numbers, codes), **how)
 
     assert back[0, GROUP : 2 * GROUP].isnan().all()
     assert torch.equal(back[0, :GROUP], pool[0, :GROUP])
     assert torch.equal(back[0, 2 * GROUP :], pool[0, 2 * GROUP :])
 
 
-def test_pages_of_a_pool_are_encoded_and_decoded_where_they_are() -> None:
-    codec = Int8()
-    pool = values_of(5, 6, 2 * GROUP, torch.bfloat16, 0)
-    numbers = torch.tensor([4, 2])
-    codes = codec.encode_pages(pool, numbers)
-    back = torch.zeros_like(pool)
-    codec.decode_pages(codes, back, numbers)
+@settings(deadline=None, max_examples=25)
+@given(
+    codec=st.sampled_from([Int8(), Int4()]),
+    groups=st.sampled_from([1, 4, 33]),
+    dtype=st.sampled_from(DTYPES),
+    layers=st.tuples(st.integers(0, 2), st.integers(1, 3)),
+    by_kernel=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_layers_of_blocks_are_encoded_to_places_all_over_memory(
+    codec: Int8 | Int4,
+    groups: int,
+    dtype: torch.dtype,
+    layers: tuple[int, int],
+    by_kernel: bool,
+    seed: int,
+) -> None:
+    """Three layers of five blocks in a page-like memory; only the chosen layers of two blocks."""
+    values, chosen = groups * GROUP, range(layers[0], min(3, sum(layers)))
+    pool = values_of(seed, 15, values, dtype, 0).to(DEVICE)
+    width = codec.encoded_bytes(values, dtype)
+    numbers, blocks = torch.tensor([9, 0]), torch.tensor([1, 4])
+    memory = pool_of(1, 3 * 5 * width + 64, seed).view(-1).to(DEVICE)
+    expected = memory.clone().cpu()
+    for layer in chosen:
+        for number, block in zip(numbers.tolist(), blocks.tolist(), strict=True):
+            start = (layer * 5 + block) * width
+            row = pool[number + layer][None].cpu()
+            expected[start : start + width] = codec.encode(row)[0]
+    rows = CodedRows(
+        pool, numbers.to(DEVICE), memory, (blocks * width).to(DEVICE), chosen, 5 * width
+    )
+    how = {"group": GROUP, "bits": codec.code_bits}
+    if by_kernel:
+        triton_pages.launch_encode(rows, **how)
+    else:
+        codec.encode_blocks(rows)
+    assert torch.equal(memory.cpu(), expected)
 
-    assert torch.equal(back[numbers], codec.decode(codec.encode(pool[numbers]), 128, pool.dtype))
-    assert not back[[0, 1, 3, 5]].any()
+    back = torch.zeros_like(pool)
+    if by_kernel:
+        triton_pages.launch_decode(rows._replace(rows=back), **how)
+    else:
+        codec.decode_blocks(rows._replace(rows=back))
+    written = {number + layer for number in (9, 0) for layer in chosen}
+    for number in range(15):
+        wanted = torch.zeros(1, values, dtype=dtype)
+        if number in written:
+            row = pool[number][None].cpu()
+            wanted = codec.decode(codec.encode(row), values, dtype)
+        assert torch.equal(back[number].cpu(), wanted[0]), f"row {number}"
 
 
 AHEAD = """
@@ -118,10 +166,12 @@ AHEAD = """
     from tierkv.kernels import triton_pages as kernels
 
     TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    PAGE = {"CHUNK": kernels.CHUNK_VALUES, "PAGE_VALUES": 8192, "GROUP": 64}
+    PAGE = {"CHUNK": kernels.CHUNK_VALUES, "PAGE_VALUES": 8192, "GROUP": 64, "ALIGN": 16}
     COPY = {"CHUNK": kernels.CHUNK_WORDS, "PAGE_WORDS": 4096}
     WORDS = {"pool": "*i32", "numbers": "*i64", "rows": "*i32", "count": "i32"}
-    CODES = {"numbers": "*i64", "codes": "*u8", "scales": "*fp32", "count": "i32", "limit": "fp32"}
+    CODES = {"numbers": "*i64", "codes": "*u8", "scales": "*fp32", "places": "*i64",
+             "count": "i32", "layers": "i32", "first_layer": "i32", "layer_bytes": "i32",
+             "limit": "fp32"}
 
     def build(kernel, types, constants):
         names = list(kernel.__code__.co_varnames[: kernel.__code__.co_argcount])

@@ -28,6 +28,7 @@ from tierkv.tiers.segments import SegmentTier
 from tierkv.tiers.unified import unified_home
 from tierkv.transfer.engine import TransferEngine
 from tierkv.transfer.link_profile import link_profile, measure_device
+from tierkv.transfer.spread import PlainSpread
 from tierkv.transfer.staging import SLOTS, Staging
 from tierkv.transfer.streams import CudaStreams
 
@@ -213,9 +214,8 @@ def _staging(config: Config, host: HostTier, device: DeviceTier) -> Staging | No
         logger.info("link %s crossover_bytes=%d source=%s", way, least, profile.source)
     return Staging(
         streams,
-        host.plan,
         torch.from_numpy(host.pages),
-        device.blocks,
+        PlainSpread(streams, host.plan, device.blocks),
         profile=profile,
         regions=host.regions,
         slot_bytes=limits.staging // SLOTS,

@@ -25,6 +25,7 @@ from tierkv.codecs.grouped import GROUP, Int4, Int8
 from tierkv.core.geometry import PagePlan
 from tierkv.core.tier import Span
 from tierkv.kernels import triton_pages
+from tierkv.kernels.pages import CodedRows
 from tierkv.kernels.relayout import (
     Arrangement,
     BlockShape,
@@ -70,10 +71,12 @@ def codes() -> str:
                 expected = codec.encode(host[[5, 0, 3]])
                 found = torch.zeros(expected.shape, dtype=torch.uint8, device=DEVICE)
                 how = {"group": GROUP, "bits": codec.code_bits}
-                triton_pages.launch_encode(pool, numbers, found, **how)
+                places = torch.arange(3, device=DEVICE) * expected.shape[1]
+                rows = CodedRows(pool, numbers, found.view(-1), places)
+                triton_pages.launch_encode(rows, **how)
                 assert torch.equal(found.cpu(), expected), f"{codec.name} {dtype} {values}"
                 back = torch.zeros_like(pool)
-                triton_pages.launch_decode(back, numbers, found, **how)
+                triton_pages.launch_decode(rows._replace(rows=back), **how)
                 wanted = codec.decode(expected, values, dtype)
                 assert torch.equal(back.cpu()[[5, 0, 3]], wanted), f"{codec.name} {dtype}"
                 count += 1

@@ -27,6 +27,7 @@ from tierkv.kernels.driver import Driver
 from tierkv.kernels.relayout import BlockShape, PagePool
 from tierkv.testing.streams import RecordingStreams
 from tierkv.transfer.link_profile import PUBLISHED, LinkProfile
+from tierkv.transfer.spread import PlainSpread
 from tierkv.transfer.staging import Staging
 from tierkv.transfer.streams import CudaStreams
 
@@ -69,7 +70,8 @@ def staged(
     blocks = PagePool(
         pool.view(-1), row, layers=plan.layers, page_blocks=1, page_bytes=plan.block_bytes
     )
-    staging = Staging(streams, plan, host, blocks, profile=profile or PUBLISHED)
+    spread = PlainSpread(streams, plan, blocks)
+    staging = Staging(streams, host, spread, profile=profile or PUBLISHED)
     return host, pool, staging, streams
 
 

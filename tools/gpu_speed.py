@@ -18,6 +18,7 @@ from tierkv.kernels.driver import Copies, Driver
 from tierkv.kernels.relayout import Arrangement, BlockShape, Pool, Side, move_blocks
 from tierkv.tiers.host import HostTier
 from tierkv.transfer.link_profile import measure_device
+from tierkv.transfer.spread import CodedSpread
 from tierkv.transfer.staging import Staging
 from tierkv.transfer.streams import CudaStreams, Event
 
@@ -148,13 +149,18 @@ def relayout_row() -> Row:
 
 def codes_row(down: float) -> Row:
     """Int4 codes made on the device and copied down, in bytes before encoding."""
-    values = 8192
-    pool = torch.randn(BATCH // (2 * values), values, device=DEVICE).to(torch.bfloat16)
-    numbers = torch.randperm(len(pool), device=DEVICE)
-    codec = Int4()
-    width = codec.encoded_bytes(values, pool.dtype)
-    host = torch.empty((len(pool), width), dtype=torch.uint8).pin_memory()
-    taken = seconds(lambda: host.copy_(codec.encode_pages(pool, numbers), non_blocking=True))
+    frames = BATCH // LLAMA.block_bytes
+    slab = torch.randn(BATCH // 2, device=DEVICE).to(torch.bfloat16).view(torch.uint8)
+    driver = Driver.load()
+    assert driver is not None
+    streams = CudaStreams(driver, DEVICE)
+    spread = CodedSpread(streams, LLAMA, slab, Int4(), torch.bfloat16)
+    pages = -(-frames // spread.plan.warm_page_blocks)
+    host = torch.empty((pages, spread.plan.warm_page_bytes), dtype=torch.uint8).pin_memory()
+    staging = Staging(streams, host, spread)
+    order = np.random.default_rng(0).permutation(frames)
+    moves = Moves(np.arange(frames, dtype=np.int64), order)
+    taken = seconds(partial(wait_for, staging.save, moves))
     return Row("int4 encode and copy down, bytes before encoding", down / taken, 3)
 
 

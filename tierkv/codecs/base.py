@@ -12,8 +12,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from tierkv.kernels.pages import CodedRows
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype
+
+
+class PageCodec(Protocol):
+    """A codec that a kernel applies while it gathers or spreads blocks; see `Grouped`."""
+
+    def encoded_bytes(self, elements: int, dtype: dtype) -> int:
+        """As `Codec.encoded_bytes`."""
+        ...
+
+    def encode_blocks(self, blocks: CodedRows) -> None:
+        """From rows to memory, in one pass. On a device what is not finite comes back as NaN."""
+        ...
+
+    def decode_blocks(self, blocks: CodedRows) -> None:
+        """From memory to rows, in one pass."""
+        ...
 
 
 class Codec(Protocol):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from tierkv.kernels.pages import has_kernels
+from tierkv.kernels.pages import CodedRows, has_kernels
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -61,31 +61,26 @@ class Grouped(ABC):
         limit = torch.finfo(dtype).max
         return (values * scale).clamp_(-limit, limit).reshape(len(codes), elements).to(dtype)
 
-    def encode_pages(self, pool: Tensor, numbers: Tensor) -> Tensor:
-        """Pages `numbers` of a pool (pages, values), each as one encoded row, in one pass.
+    def encode_blocks(self, blocks: CodedRows) -> None:
+        if has_kernels(blocks.rows, blocks.memory):
+            from tierkv.kernels.triton_pages import launch_encode
 
-        On a CUDA device values that are not finite are not refused, as asking would stall it: all
-        values of their group come back as NaN.
-        """
-        import torch
-
-        if not has_kernels(pool):
-            return self.encode(pool[numbers])
-        from tierkv.kernels.triton_pages import launch_encode
-
-        width = self.encoded_bytes(pool.shape[1], pool.dtype)
-        codes = torch.empty((len(numbers), width), dtype=torch.uint8, device=pool.device)
-        launch_encode(pool, numbers, codes, group=GROUP, bits=self.code_bits)
-        return codes
-
-    def decode_pages(self, codes: Tensor, pool: Tensor, numbers: Tensor) -> None:
-        """The inverse of `encode_pages`; changes `pool`."""
-        if not has_kernels(pool, codes):
-            pool[numbers] = self.decode(codes, pool.shape[1], pool.dtype)
+            launch_encode(blocks, group=GROUP, bits=self.code_bits)
             return
-        from tierkv.kernels.triton_pages import launch_decode
+        width = self.encoded_bytes(blocks.rows.shape[1], blocks.rows.dtype)
+        for numbers, at in blocks.by_layer(width):
+            blocks.memory[at] = self.encode(blocks.rows[numbers])
 
-        launch_decode(pool, numbers, codes, group=GROUP, bits=self.code_bits)
+    def decode_blocks(self, blocks: CodedRows) -> None:
+        rows = blocks.rows
+        if has_kernels(rows, blocks.memory):
+            from tierkv.kernels.triton_pages import launch_decode
+
+            launch_decode(blocks, group=GROUP, bits=self.code_bits)
+            return
+        width = self.encoded_bytes(rows.shape[1], rows.dtype)
+        for numbers, at in blocks.by_layer(width):
+            rows[numbers] = self.decode(blocks.memory[at], rows.shape[1], rows.dtype)
 
     def error_bound(self, rows: Tensor) -> Tensor:
         """Half a step of the group's scale, and the rounding of the result to the rows' dtype."""

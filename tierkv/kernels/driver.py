@@ -141,7 +141,8 @@ class Driver:
             self._failed = (ctypes.pointer(ctypes.c_size_t(0)),)
         for name, types in _ARGUMENTS.items():
             for found in (self._library, self._waiting):
-                getattr(found, name).argtypes = types
+                if hasattr(found, name):  # a driver that lacks one may still answer questions
+                    getattr(found, name).argtypes = types
         if self._batch is not None:
             vectors = (_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size)
             self._batch.argtypes = (*vectors, *(_pointer for _ in self._failed), _pointer)

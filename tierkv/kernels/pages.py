@@ -8,8 +8,9 @@ Shapes: `pool` uint8 (pages, page_bytes); `numbers` int64 (n,) on the pool's dev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tierkv.kernels.relayout import PROGRAMS
 
@@ -40,6 +41,30 @@ def scatter_pages(pool: Tensor, numbers: Tensor, rows: Tensor, *, programs: int 
         launch_copy(pool, numbers, rows, gather=False, programs=programs)
         return
     pool.index_copy_(0, numbers, rows)
+
+
+class CodedRows(NamedTuple):
+    """Rows of a float pool, and where in memory their codes lie; a row is a layer of a block.
+
+    `rows`: float (rows, values), contiguous. `memory`: flat uint8. `numbers`, `places`: int64 (n,),
+    the first row of each block and the byte where its codes begin. Those of layer i are row
+    ``numbers + i`` and byte ``places + i * layer_bytes``; with 0 memory holds one layer only.
+    """
+
+    rows: Tensor
+    numbers: Tensor
+    memory: Tensor
+    places: Tensor
+    layers: range = range(1)
+    layer_bytes: int = 0
+
+    def by_layer(self, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each layer the rows, and the bytes of their codes: (n,) and (n, width)."""
+        import torch
+
+        for layer in self.layers:
+            first = self.places + layer * self.layer_bytes
+            yield self.numbers + layer, first[:, None] + torch.arange(width, device=first.device)
 
 
 def has_kernels(pool: Tensor, *others: Tensor) -> bool:

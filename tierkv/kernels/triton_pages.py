@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import triton
 import triton.language as tl
 
-from tierkv.kernels.relayout import PROGRAMS
+from tierkv.kernels.pages import CodedRows
+from tierkv.kernels.relayout import PROGRAMS, VECTOR_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,24 +59,30 @@ def encode_pages(
     numbers,
     codes,
     scales,
+    places,
     count,
+    layers,
+    first_layer,
+    layer_bytes,
     PAGE_VALUES: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Encode pages of a pool into rows of codes; `scales` is the same memory as float32."""
+    """Encode rows of a pool to their places in memory; `scales` is that memory as float32."""
     groups: tl.constexpr = CHUNK // GROUP
     chunks: tl.constexpr = (PAGE_VALUES + CHUNK - 1) // CHUNK
     code_bytes: tl.constexpr = PAGE_VALUES * BITS // 8
-    row_bytes: tl.constexpr = code_bytes + PAGE_VALUES // GROUP * 4
     top: tl.constexpr = (1 << (BITS - 1)) - 1
-    for item in tl.range(tl.program_id(0), count * chunks, PROGRAMS):
+    for item in tl.range(tl.program_id(0), count * layers * chunks, PROGRAMS):
         row = item // chunks
+        layer = first_layer + row // count
+        block = row % count
         first = (item % chunks) * CHUNK
         at = first + tl.arange(0, CHUNK)
-        page = tl.load(numbers + row).to(tl.int64) * PAGE_VALUES
+        page = (tl.load(numbers + block).to(tl.int64) + layer) * PAGE_VALUES
         values = tl.load(pool + page + at, mask=at < PAGE_VALUES, other=0.0).to(tl.float32)
         values = tl.reshape(values, (groups, GROUP))
         top_values = tl.full((groups,), top, tl.float32)
@@ -88,7 +95,8 @@ def encode_pages(
         # To the nearest whole number, half to even, without a call: exact below 2**22.
         whole = (quotient + 12582912.0) - 12582912.0
         whole = tl.minimum(tl.maximum(whole, -top), top).to(tl.int32)
-        line = row.to(tl.int64) * row_bytes
+        line = tl.load(places + block).to(tl.int64) + layer.to(tl.int64) * layer_bytes
+        line = tl.multiple_of(line, ALIGN)
         if BITS == 8:
             packed = tl.reshape(whole, (CHUNK,))
             place = first + tl.arange(0, CHUNK)
@@ -107,23 +115,30 @@ def decode_pages(
     numbers,
     codes,
     scales,
+    places,
     count,
+    layers,
+    first_layer,
+    layer_bytes,
     limit,
     PAGE_VALUES: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Decode rows of codes into pages of a pool; `limit` is the largest value of its dtype."""
+    """Decode rows from their places in memory; `limit` is the largest value of the pool's dtype."""
     groups: tl.constexpr = CHUNK // GROUP
     chunks: tl.constexpr = (PAGE_VALUES + CHUNK - 1) // CHUNK
     code_bytes: tl.constexpr = PAGE_VALUES * BITS // 8
-    row_bytes: tl.constexpr = code_bytes + PAGE_VALUES // GROUP * 4
-    for item in tl.range(tl.program_id(0), count * chunks, PROGRAMS):
+    for item in tl.range(tl.program_id(0), count * layers * chunks, PROGRAMS):
         row = item // chunks
+        layer = first_layer + row // count
+        block = row % count
         first = (item % chunks) * CHUNK
-        line = row.to(tl.int64) * row_bytes
+        line = tl.load(places + block).to(tl.int64) + layer.to(tl.int64) * layer_bytes
+        line = tl.multiple_of(line, ALIGN)
         if BITS == 8:
             place = first + tl.arange(0, CHUNK)
             packed = tl.load(codes + line + place, mask=place < code_bytes, other=0)
@@ -139,7 +154,7 @@ def decode_pages(
         values = tl.reshape(values, (CHUNK,))
         values = tl.maximum(values, -limit, propagate_nan=tl.PropagateNan.ALL)
         values = tl.minimum(values, limit, propagate_nan=tl.PropagateNan.ALL)
-        page = tl.load(numbers + row).to(tl.int64) * PAGE_VALUES
+        page = (tl.load(numbers + block).to(tl.int64) + layer) * PAGE_VALUES
         at = first + tl.arange(0, CHUNK)
         if pool.dtype.element_ty == tl.bfloat16:
             # To nearest, half to even, in integers: the interpreter's own cast cuts off.
@@ -175,37 +190,37 @@ def launch_copy(
     )  # fmt: skip
 
 
-def launch_encode(
-    pool: Tensor, numbers: Tensor, codes: Tensor, *, group: int, bits: int, programs: int = PROGRAMS
-) -> None:
-    """`encode_pages` from float (pages, values) to uint8 (n, encoded_bytes), contiguous."""
-    _launch_codes(encode_pages, (), pool, numbers, codes, group, bits, programs)
+def launch_encode(blocks: CodedRows, *, group: int, bits: int, programs: int = PROGRAMS) -> None:
+    """`encode_pages`: codes of rows to their places, which are multiples of 4 bytes."""
+    _launch_codes(encode_pages, (), blocks, group, bits, programs)
 
 
-def launch_decode(
-    pool: Tensor, numbers: Tensor, codes: Tensor, *, group: int, bits: int, programs: int = PROGRAMS
-) -> None:
-    """`decode_pages` from uint8 (n, encoded_bytes), contiguous, to float (pages, values)."""
+def launch_decode(blocks: CodedRows, *, group: int, bits: int, programs: int = PROGRAMS) -> None:
+    """`decode_pages`: the inverse."""
     import torch
 
-    limit = torch.finfo(pool.dtype).max
-    _launch_codes(decode_pages, (limit,), pool, numbers, codes, group, bits, programs)
+    limit = torch.finfo(blocks.rows.dtype).max
+    _launch_codes(decode_pages, (limit,), blocks, group, bits, programs)
 
 
 def _launch_codes(
     kernel: Callable[..., None],
     more: tuple[float, ...],
-    pool: Tensor,
-    numbers: Tensor,
-    codes: Tensor,
+    blocks: CodedRows,
     group: int,
     bits: int,
     programs: int,
 ) -> None:
     import torch
 
+    values = blocks.rows.shape[1]
+    width = values * bits // 8 + values // group * 4
+    # Codes of such rows lie one after the other, so their places are as even as their length.
+    wide = (width | blocks.layer_bytes | blocks.memory.data_ptr()) % VECTOR_BYTES == 0
     _compiled(kernel)[(programs,)](
-        pool, numbers, codes, codes.view(torch.float32), len(numbers), *more,
-        PAGE_VALUES=pool.shape[1], GROUP=group, BITS=bits, CHUNK=CHUNK_VALUES, PROGRAMS=programs,
-        num_warps=WARPS, enable_fp_fusion=False,
+        blocks.rows, blocks.numbers, blocks.memory, blocks.memory.view(torch.float32),
+        blocks.places, len(blocks.numbers), len(blocks.layers), blocks.layers.start,
+        blocks.layer_bytes, *more,
+        PAGE_VALUES=values, GROUP=group, BITS=bits, ALIGN=VECTOR_BYTES if wide else 4,
+        CHUNK=CHUNK_VALUES, PROGRAMS=programs, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

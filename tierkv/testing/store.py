@@ -8,6 +8,7 @@ from tierkv.store import Store
 from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.host import HostTier
 from tierkv.transfer.link_profile import PUBLISHED, LinkProfile
+from tierkv.transfer.spread import PlainSpread
 from tierkv.transfer.staging import Staging
 from tierkv.transfer.streams import Streams
 
@@ -45,9 +46,8 @@ def staging_on(
     limit = host.page_count if pinned is None else pinned
     return Staging(
         streams,
-        host.plan,
         torch.from_numpy(host.pages),
-        device.blocks,
+        PlainSpread(streams, host.plan, device.blocks),
         profile=profile,
         regions=lambda pages: np.where(pages < limit, 0, -1),
         slots=2,

@@ -16,14 +16,16 @@ import ctypes
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from tierkv.kernels.driver import Copies
+from tierkv.kernels.pages import CodedRows
 from tierkv.kernels.relayout import BlockShape, Pool, Side, move_by_reference
-from tierkv.transfer.streams import Event, Index, Numbers, Queue
+from tierkv.transfer.streams import Coded, Event, Index, Numbers, Queue
 
 
 class Access(NamedTuple):
@@ -130,16 +132,35 @@ class RecordingStreams:
         blocks: slice,
     ) -> None:
         """See `Streams.move`."""
-        start, stop = blocks.start, blocks.stop
-        read = Side(source, index.numbers[start:stop])
-        written = Side(target, index.numbers[index.count + start : index.count + stop])
+        offsets = index.part(blocks)
+        read, written = Side(source, offsets[0]), Side(target, offsets[1])
         accesses = [*_side(shape, read, writes=False), *_side(shape, written, writes=True)]
         accesses += [_access(side.offsets, writes=False) for side in (read, written)]
 
         def run() -> None:
             move_by_reference(shape, read, written)
 
-        self.queue(f"move of {stop - start} blocks", queue, accesses, run)
+        self.queue(f"move of {len(offsets[0])} blocks", queue, accesses, run)
+
+    def encode(
+        self, queue: Queue, coded: Coded, layers: range, index: Index, blocks: slice
+    ) -> None:
+        """See `Streams.encode`."""
+        numbers, places = index.part(blocks)
+        rows = coded.blocks(layers, numbers, places)
+        accesses = _coded(coded, rows, encodes=True)
+        run = partial(coded.codec.encode_blocks, rows)
+        self.queue(f"encoding of {len(numbers)} blocks", queue, accesses, run)
+
+    def decode(
+        self, queue: Queue, coded: Coded, layers: range, index: Index, blocks: slice
+    ) -> None:
+        """See `Streams.decode`."""
+        places, numbers = index.part(blocks)
+        rows = coded.blocks(layers, numbers, places)
+        accesses = _coded(coded, rows, encodes=False)
+        run = partial(coded.codec.decode_blocks, rows)
+        self.queue(f"decoding of {len(numbers)} blocks", queue, accesses, run)
 
     def queue(
         self, name: str, queue: str, accesses: list[Access], run: Callable[[], object]
@@ -244,6 +265,21 @@ def _side(shape: BlockShape, side: Side, *, writes: bool) -> Sequence[Access]:
         for base in (layer.data_ptr() + offset for offset in side.offsets.tolist() if offset >= 0)
         for start in starts
     ]
+
+
+def _coded(coded: Coded, blocks: CodedRows, *, encodes: bool) -> list[Access]:
+    """Both offsets, and the row and the codes of each layer of each block."""
+    rows, memory = blocks.rows, blocks.memory
+    size = rows.shape[1] * rows.element_size()
+    width = coded.codec.encoded_bytes(rows.shape[1], rows.dtype)
+    found = [_access(part, writes=False) for part in (blocks.numbers, blocks.places)]
+    for layer in blocks.layers:
+        for number, place in zip(blocks.numbers.tolist(), blocks.places.tolist(), strict=True):
+            row = rows.data_ptr() + (number + layer) * size
+            code = memory.data_ptr() + place + layer * blocks.layer_bytes
+            found.append(Access(row, row + size, not encodes))
+            found.append(Access(code, code + width, encodes))
+    return found
 
 
 def _conflict(left: list[Access], right: list[Access]) -> bool:

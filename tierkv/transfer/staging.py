@@ -26,16 +26,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import numpy as np
 
 from tierkv.core.errors import GeometryMismatch
-from tierkv.core.geometry import MIB, PagePlan
+from tierkv.core.geometry import MIB
 from tierkv.kernels.driver import Copies
-from tierkv.kernels.relayout import Arrangement, BlockShape, PagePool, Pool
 from tierkv.transfer.link_profile import PUBLISHED, LinkProfile
 from tierkv.transfer.page_batch import Flags, Numbers, PageBatch
+from tierkv.transfer.spread import Spread
 from tierkv.transfer.streams import Event, Index, Queue, Streams
 
 if TYPE_CHECKING:
@@ -53,17 +53,6 @@ class Route(IntEnum):
     MAPPED = 2
 
 
-class BlockPool(Protocol):
-    """Where blocks lie on the device: the slab of hot pages, or an engine's own paged cache."""
-
-    shape: BlockShape
-    pool: Pool
-
-    def offsets(self, blocks: Numbers) -> Numbers:
-        """Where these blocks begin in every layer: int64 (n,)."""
-        ...
-
-
 class _Copies(NamedTuple):
     """All copies of a call; those of group n are ``edges[n]`` up to ``edges[n + 1]``."""
 
@@ -75,17 +64,17 @@ class _Copies(NamedTuple):
 class Staging:
     """A ring of device slots of a few warm pages, between an arena and blocks on the device.
 
-    `host`: uint8 (pages, warm_page_bytes). `frames`: where blocks lie on the device. `regions`
-    gives the number of the pinned region that a page of the arena lies in, -1 while it lies in
-    none; a copy must not leave its region. Without it the arena is one pinned region.
+    `host`: uint8 (pages, warm_page_bytes of the spread's plan). `spread`: the form of blocks in
+    pages, where they lie on the device, and the kernels between the two. `regions` gives the
+    number of the pinned region that a page of the arena lies in, -1 while it lies in none; a copy
+    must not leave its region. Without it the arena is one pinned region.
     """
 
     def __init__(
         self,
         streams: Streams,
-        plan: PagePlan,
         host: Tensor,
-        frames: BlockPool,
+        spread: Spread,
         *,
         profile: LinkProfile = PUBLISHED,
         regions: Callable[[Numbers], Numbers] | None = None,
@@ -94,6 +83,7 @@ class Staging:
     ) -> None:
         import torch
 
+        plan = spread.plan
         self.profile = profile
         self._full_page_route = {
             queue: _full_page_route(profile, queue, plan.warm_payload_bytes)
@@ -103,26 +93,20 @@ class Staging:
         self._streams = streams
         self._plan = plan
         self._host = host
-        self._frames = frames
+        self._spread = spread
         self._regions = regions
         self._slot_pages = max(1, slot_bytes // plan.warm_page_bytes)
-        self._apart = len(frames.pool.layers) // plan.layers
         size = self._slot_pages * plan.warm_page_bytes
-        memory = torch.empty((slots, size), dtype=torch.uint8, device=frames.pool.layers[0].device)
-        self._slots = [self._pages_in(slot).pool for slot in memory]
+        memory = torch.empty((slots, size), dtype=torch.uint8, device=spread.device)
+        self._slots = [spread.area(slot) for slot in memory]
         self._addresses = np.array([slot.data_ptr() for slot in memory])
         # For a layer at a time: the same slots, a page in them being one layer of a warm page.
         self._layer_bytes = plan.warm_page_blocks * plan.block_layer_bytes
-        self._layer_slots = [self._pages_in(slot, layers=1).pool for slot in memory]
-        self._layers = [
-            frames.pool.part(layer * self._apart, (layer + 1) * self._apart)
-            for layer in range(plan.layers)
-        ]
-        self._arena = self._pages_in(host.view(-1)).pool
+        self._layer_slots = [spread.area(slot, is_layer=True) for slot in memory]
+        self._arena = spread.area(host.view(-1))
         self._released: list[Event | None] = [None] * slots
         self._next = 0
         self._count = len(host) * plan.warm_page_blocks
-        self._frames_end = _last_offset(frames)
 
     def load(self, places: Numbers, frames: Numbers, *, after: Sequence[Event] = ()) -> Event:
         """Bring blocks up; the event is when all of their frames hold them.
@@ -179,15 +163,14 @@ class Staging:
         events = []
         with _Indices(streams) as indices:
             index = indices.put(Queue.TO_DEVICE, offsets, batch.frames)
-            for layer, target in enumerate(self._layers):
+            for layer in range(plan.layers):
                 slots = self._slot_addresses(group) + rank * step
                 copies = _Copies(Copies(slots, host + layer * step, size), edges, pinned)
                 for number, (_, blocks) in enumerate(groups):
                     slot = self._take(Queue.TO_DEVICE)
                     self._copy(Queue.TO_DEVICE, copies, number)
                     streams.wait(Queue.RELAYOUT, streams.record(Queue.TO_DEVICE))
-                    source = self._layer_slots[slot]
-                    streams.move(Queue.RELAYOUT, self._frames.shape, source, target, index, blocks)
+                    self._layer_slots[slot].up(index, blocks, layer)
                     self._released[slot] = streams.record(Queue.RELAYOUT)
                 events.append(streams.record(Queue.RELAYOUT))
         self.moved_bytes[Route.PAGE] += len(batch.pages) * plan.warm_payload_bytes
@@ -235,17 +218,17 @@ class Staging:
 
     def _move_mapped(self, batch: PageBatch, indices: _Indices, *, is_up: bool) -> None:
         """By the kernel alone, between the arena and the frames."""
-        plan, ends = self._plan, (self._arena, self._frames.pool)
+        plan = self._plan
         page = np.repeat(batch.pages * plan.warm_page_bytes, batch.count)
-        offsets = (page + batch.within * plan.block_layer_bytes, batch.frames)
-        if not is_up:
-            ends, offsets = ends[::-1], offsets[::-1]
-        index = indices.put(Queue.RELAYOUT, *offsets)
-        blocks = slice(0, len(batch.frames))
-        self._streams.move(Queue.RELAYOUT, self._frames.shape, *ends, index, blocks)
+        places = page + batch.within * plan.block_layer_bytes
+        blocks = slice(0, len(places))
+        if is_up:
+            self._arena.up(indices.put(Queue.RELAYOUT, places, batch.frames), blocks)
+        else:
+            self._arena.down(indices.put(Queue.RELAYOUT, batch.frames, places), blocks)
 
     def _load_staged(self, batch: PageBatch, whole: Flags, indices: _Indices) -> None:
-        streams, shape, frames = self._streams, self._frames.shape, self._frames.pool
+        streams = self._streams
         whole = whole | (batch.count == self._plan.warm_page_blocks)
         copies = self._copies(Queue.TO_DEVICE, batch, whole)
         index = indices.put(Queue.TO_DEVICE, self._slot_offsets(batch), batch.frames)
@@ -253,17 +236,17 @@ class Staging:
             slot = self._take(Queue.TO_DEVICE)
             self._copy(Queue.TO_DEVICE, copies, number)
             streams.wait(Queue.RELAYOUT, streams.record(Queue.TO_DEVICE))
-            streams.move(Queue.RELAYOUT, shape, self._slots[slot], frames, index, blocks)
+            self._slots[slot].up(index, blocks)
             self._released[slot] = streams.record(Queue.RELAYOUT)
 
     def _save_staged(self, batch: PageBatch, indices: _Indices) -> Event:
-        streams, shape, frames = self._streams, self._frames.shape, self._frames.pool
+        streams = self._streams
         copies = self._copies(Queue.TO_HOST, batch, batch.count == self._plan.warm_page_blocks)
         index = indices.put(Queue.RELAYOUT, batch.frames, self._slot_offsets(batch))
         done: Event | None = None
         for number, (_, blocks) in enumerate(self._groups(batch, self._slot_pages)):
             slot = self._take(Queue.RELAYOUT)
-            streams.move(Queue.RELAYOUT, shape, frames, self._slots[slot], index, blocks)
+            self._slots[slot].down(index, blocks)
             streams.wait(Queue.TO_HOST, streams.record(Queue.RELAYOUT))
             self._copy(Queue.TO_HOST, copies, number)
             done = self._released[slot] = streams.record(Queue.TO_HOST)
@@ -335,10 +318,10 @@ class Staging:
     def _batch(self, places: Numbers, frames: Numbers) -> PageBatch:
         if len(places) != len(frames) or not len(places):
             raise GeometryMismatch(f"{len(places)} places for {len(frames)} frames")
-        offsets = self._frames.offsets(frames)
+        offsets = self._spread.offsets(frames)
         for what, numbers, last in (
             ("places", places, self._count - 1),
-            ("offsets of frames", offsets, self._frames_end),
+            ("offsets of frames", offsets, self._spread.device_end),
         ):
             if numbers.min() < 0 or numbers.max() > last:
                 raise GeometryMismatch(
@@ -376,23 +359,6 @@ class Staging:
         for event in after:
             self._streams.wait(Queue.RELAYOUT, event)
 
-    def _pages_in(self, memory: Tensor, *, layers: int = 0) -> PagePool:
-        """Warm pages in some memory, their blocks in the shape of the frames."""
-        plan, shape = self._plan, self._frames.shape
-        canonical = Arrangement.canonical(shape).block * self._apart
-        if canonical != plan.block_layer_bytes:
-            raise GeometryMismatch(
-                f"blocks of {canonical} bytes a layer for a plan of {plan.block_layer_bytes}"
-            )
-        return PagePool(
-            memory,
-            shape,
-            layers=layers or plan.layers,
-            page_blocks=plan.warm_page_blocks,
-            page_bytes=plan.warm_page_bytes,
-            apart=self._apart == 2,
-        )
-
 
 class _Indices:
     """Index vectors of one call; given back at the event of its last kernel."""
@@ -421,11 +387,3 @@ def _full_page_route(profile: LinkProfile, queue: Queue, payload_bytes: int) -> 
     if way.copy_seconds(page, page)[0] > payload_bytes / way.kernel:
         return Route.MAPPED
     return Route.PAGE if queue is Queue.TO_DEVICE else Route.RUNS
-
-
-def _last_offset(frames: BlockPool) -> int:
-    """The largest offset at which a block still lies within every layer."""
-    shape, at = frames.shape, frames.pool.arrangement
-    loops = ((shape.planes, at.plane), (shape.tokens, at.token), (shape.heads, at.head))
-    reach = sum((count - 1) * step for count, step in loops) + shape.head_bytes
-    return min(layer.numel() for layer in frames.pool.layers) - reach

@@ -8,15 +8,18 @@ point of a stream, and another stream waits for it. Order between streams comes 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from tierkv.codecs.base import PageCodec
 from tierkv.kernels.driver import Copies, Driver, Launch, SourceOrder
+from tierkv.kernels.pages import CodedRows
 from tierkv.kernels.relayout import (
     AT_COUNT,
     AT_SOURCE,
@@ -72,6 +75,24 @@ class Index:
     count: int
     until: Event | None = None
 
+    def part(self, blocks: slice) -> tuple[Tensor, Tensor]:
+        """Sources and targets of some blocks."""
+        start, stop = blocks.start, blocks.stop
+        return self.numbers[start:stop], self.numbers[self.count + start : self.count + stop]
+
+
+class Coded(NamedTuple):
+    """Rows of a slab and memory of coded pages: see `CodedRows`, which it becomes with blocks."""
+
+    codec: PageCodec
+    rows: Tensor
+    memory: Tensor
+    layer_bytes: int
+
+    def blocks(self, layers: range, numbers: Tensor, places: Tensor) -> CodedRows:
+        """Layers of blocks."""
+        return CodedRows(self.rows, numbers, self.memory, places, layers, self.layer_bytes)
+
 
 class Streams(Protocol):
     """A device's queues. Calls return at once; any thread, one at a time."""
@@ -101,6 +122,18 @@ class Streams(Protocol):
         blocks: slice,
     ) -> None:
         """`move_blocks` for some blocks of an index. One pool may be mapped host memory."""
+        ...
+
+    def encode(
+        self, queue: Queue, coded: Coded, layers: range, index: Index, blocks: slice
+    ) -> None:
+        """`encode_blocks`; sources of the index are rows, targets places in memory."""
+        ...
+
+    def decode(
+        self, queue: Queue, coded: Coded, layers: range, index: Index, blocks: slice
+    ) -> None:
+        """`decode_blocks`; sources of the index are places in memory, targets rows."""
         ...
 
     def record(self, queue: Queue) -> Event:
@@ -207,7 +240,9 @@ class CudaStreams:
         if launch is None:
             launch = self._prepared(shape, source, target)
         if launch is None:
-            self._move_by_reference(queue, shape, source, target, index, blocks)
+            read, written = index.part(blocks)
+            with self._current(queue):
+                move_by_reference(shape, Side(source, read), Side(target, written))
             return
         size = index.numbers.itemsize
         first = index.numbers.data_ptr() + blocks.start * size
@@ -225,22 +260,27 @@ class CudaStreams:
         self._launches[source, target] = launch
         return launch
 
-    def _move_by_reference(
-        self,
-        queue: Queue,
-        shape: BlockShape,
-        source: Pool,
-        target: Pool,
-        index: Index,
-        blocks: slice,
+    def encode(
+        self, queue: Queue, coded: Coded, layers: range, index: Index, blocks: slice
     ) -> None:
+        """The fused kernel, on this queue's stream."""
+        numbers, places = index.part(blocks)
+        with self._current(queue):
+            coded.codec.encode_blocks(coded.blocks(layers, numbers, places))
+
+    def decode(
+        self, queue: Queue, coded: Coded, layers: range, index: Index, blocks: slice
+    ) -> None:
+        """The fused kernel, on this queue's stream."""
+        places, numbers = index.part(blocks)
+        with self._current(queue):
+            coded.codec.decode_blocks(coded.blocks(layers, numbers, places))
+
+    def _current(self, queue: Queue) -> AbstractContextManager[object]:
+        """Have torch queue on one of ours."""
         import torch
 
-        start, stop = blocks.start, blocks.stop
-        with torch.cuda.stream(torch.cuda.ExternalStream(self._streams[queue], self._device)):
-            read = Side(source, index.numbers[start:stop])
-            written = Side(target, index.numbers[index.count + start : index.count + stop])
-            move_by_reference(shape, read, written)
+        return torch.cuda.stream(torch.cuda.ExternalStream(self._streams[queue], self._device))
 
     def record(self, queue: Queue) -> Event:
         """An event without timing."""
