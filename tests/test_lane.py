@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierkv.core.transfer import Urgency
-from tierkv.transfer.lane import Job, Lane
+from tierkv.transfer.lane import Job, Lane, PolledLane, Started
 
 DEADLINE_S = 10.0
 
@@ -90,3 +90,88 @@ def test_closing_ends_jobs_that_did_not_fit() -> None:
     lane.close()
 
     assert sorted(watched.ran) == list(range(30))
+
+
+class Device:
+    """What is under way on a device: ends after some questions, in any order, or is lost."""
+
+    def __init__(self) -> None:
+        self.in_flight: dict[int, int] = {}
+        self.most: list[tuple[int, int]] = []
+        self.ended: dict[int, bool] = {}
+
+    def job(self, number: int, size_bytes: int, questions: int, *, is_lost: bool) -> Job:
+        device = self
+
+        class Event:
+            left = questions
+
+            def query(self) -> bool:
+                self.left -= 1
+                if is_lost and self.left <= 0:
+                    raise RuntimeError("lost, as planted")
+                return self.left <= 0
+
+            def synchronize(self) -> None:
+                raise AssertionError("nobody may wait inside of the driver")
+
+        def end(ok: bool) -> None:
+            device.ended[number] = ok
+
+        def run() -> Started:
+            device.in_flight[number] = size_bytes
+            left = [size for n, size in device.in_flight.items() if n not in device.ended]
+            sizes = [size for size in left if size]
+            device.most.append((len(sizes), sum(sizes)))
+            return Started(Event(), end)
+
+        return Job(number, size_bytes, run)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    jobs=st.lists(
+        st.tuples(st.integers(0, 12), st.integers(1, 5), st.booleans()), min_size=1, max_size=24
+    ),
+    bytes_max=st.integers(1, 16),
+    urgencies=st.lists(st.sampled_from(Urgency), min_size=24, max_size=24),
+    closes_at_once=st.booleans(),
+)
+def test_what_is_started_ends_once_and_within_the_bound(
+    jobs: list[tuple[int, int, bool]],
+    bytes_max: int,
+    urgencies: list[Urgency],
+    closes_at_once: bool,
+) -> None:
+    device = Device()
+    lane = PolledLane("test", inflight_bytes_max=bytes_max)
+    for number, (size, questions, is_lost) in enumerate(jobs):
+        made = device.job(number, size, questions, is_lost=is_lost)
+        lane.submit([made], urgencies[number])
+    ends = time.monotonic() + DEADLINE_S
+    while not closes_at_once and len(device.ended) < len(jobs):
+        assert time.monotonic() < ends
+        time.sleep(0.0002)
+    lane.close()
+
+    assert device.ended == {number: not job[2] for number, job in enumerate(jobs)}
+    if not closes_at_once:  # closing lets go of the bound
+        assert all(size <= bytes_max for count, size in device.most if count > 1)
+
+
+def test_a_polled_lane_takes_the_urgent_first_and_plain_jobs_as_well() -> None:
+    order: list[int] = []
+    gate = threading.Event()
+    lane = PolledLane("test", inflight_bytes_max=100)
+    lane.submit([Job(0, 1, lambda: gate.wait(DEADLINE_S) and None)], Urgency.DEMAND)
+
+    def plain(number: int) -> Job:
+        return Job(number, 1, lambda: lambda: order.append(number))
+
+    lane.submit([plain(1)], Urgency.DEMOTE)
+    lane.submit([plain(2)], Urgency.PREFETCH)
+    lane.submit([plain(3)], Urgency.DEMAND)
+    gate.set()
+    lane.close()
+
+    assert order == [3, 2, 1]
