@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -206,8 +207,10 @@ def _staging(config: Config, host: HostTier, device: DeviceTier) -> Staging | No
     limits = config.transfer
     streams = CudaStreams(driver, device.device, programs=limits.sm_budget)
     card = f"{driver.uuid(device.device.index)}-{driver.version}"
+    # On streams of its own: what was launched on some is kept prepared, with its memory.
+    scratch = partial(CudaStreams, driver, device.device, programs=limits.sm_budget)
     profile = link_profile(
-        partial(measure_device, streams, device.device), limits.link_profiles, card
+        lambda: measure_device(scratch(), device.device), limits.link_profiles, card
     )
     for way, found in (("up", profile.up), ("down", profile.down)):
         least = found.crossover_bytes
@@ -234,5 +237,10 @@ def _cold(config: Config, layout: Layout, pages: int, files: FileEngine) -> Segm
 
 
 def device_number(wanted: str) -> int:
-    """The CUDA device that a configuration names; the first one where it names none."""
-    return int(wanted.partition(":")[2] or 0)
+    """The CUDA device that a configuration names; where it names none, torch's current one."""
+    number = wanted.partition(":")[2]
+    if number:
+        return int(number)
+    torch = sys.modules.get("torch")
+    started = torch is not None and torch.cuda.is_initialized()
+    return int(torch.cuda.current_device()) if torch is not None and started else 0

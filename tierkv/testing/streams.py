@@ -94,22 +94,37 @@ class RecordingStreams:
     _draw: random.Random | None = None
 
     def copy(self, queue: Queue, copies: Copies, *, pinned: bool = True) -> None:
-        """See `Streams.copy`; what is not pinned is carried out as what is."""
+        """See `Streams.copy`; what is not pinned is carried out as what is.
+
+        Up, the source may be read at any time from the call on, whatever the queue waits for.
+        """
         assert all(vector.dtype == np.int64 for vector in copies), "the driver takes int64"
         rows = list(zip(*(vector.tolist() for vector in copies), strict=True))
-        accesses = []
-        for target, source, size in rows:
-            assert size > 0, "a driver refuses a copy of nothing"
-            accesses.append(Access(source, source + size, writes=False))
-            accesses.append(Access(target, target + size, writes=True))
+        assert all(size > 0 for *_, size in rows), "a driver refuses a copy of nothing"
+        reads = [Access(source, source + size, writes=False) for _, source, size in rows]
+        writes = [Access(target, target + size, writes=True) for target, _, size in rows]
+        held: list[bytes] = []
 
-        def run() -> None:
-            for target, source, size in rows:
-                ctypes.memmove(target, source, size)
+        def read() -> None:
+            held.extend(ctypes.string_at(source, size) for _, source, size in rows)
+
+        def write() -> None:
+            for (target, _, size), data in zip(rows, held, strict=True):
+                ctypes.memmove(target, data, size)
+
+        def both() -> None:
+            read()
+            write()
 
         total = int(copies.sizes.sum())
         self.copies.append((queue, len(rows), total, pinned))
-        self.queue(f"{len(rows)} copies of {total} bytes", queue, accesses, run)
+        what = f"{len(rows)} copies of {total} bytes"
+        if queue is Queue.TO_DEVICE:
+            early = self._add(f"{what}, reading", "any time", reads, set(self.synchronized), read)
+            self._pending.setdefault(queue, set()).add(early)
+            self.queue(what, queue, writes, write)
+        else:
+            self.queue(what, queue, reads + writes, both)
 
     def begin(self) -> None:
         """See `Streams.begin`."""
@@ -166,13 +181,22 @@ class RecordingStreams:
         self, name: str, queue: str, accesses: list[Access], run: Callable[[], object]
     ) -> None:
         """Queue any operation: what an engine computes, what a reader of host memory does."""
-        number = len(self.operations)
         before = self._pending.pop(queue, set()) | self.synchronized
         if queue in self._last:
             before.add(self._last[queue])
+        self._last[queue] = self._add(name, queue, accesses, before, run)
+
+    def _add(
+        self,
+        name: str,
+        queue: str,
+        accesses: list[Access],
+        before: set[int],
+        run: Callable[[], object],
+    ) -> int:
         self.operations.append(Operation(name, queue, accesses, before, run))
-        self._left.append(number)
-        self._last[queue] = number
+        self._left.append(len(self.operations) - 1)
+        return self._left[-1]
 
     def record(self, queue: str) -> Event:
         """See `Streams.record`. It also carries what the queue was told to wait for."""

@@ -112,7 +112,8 @@ class Staging:
         """Bring blocks up; the event is when all of their frames hold them.
 
         `places`: where they are in the arena, ``page * warm_page_blocks + offset``; pairwise with
-        `frames`, int64 (n,), none twice. `after`: who read or wrote those frames before. Raises
+        `frames`, int64 (n,), none twice. They must hold their bytes already: a copy may read them
+        before anything that was queued. `after`: who read or wrote those frames before. Raises
         GeometryMismatch for places or frames that do not exist; then nothing was started.
         """
         batch = self._batch(places, frames)
