@@ -110,9 +110,16 @@ def _describe(driver: Devices, number: int, pci: Path) -> Accelerator:
 def host_nodes(
     devices: Iterable[Accelerator], *, nodes: Path = numa.SYSFS_NODES
 ) -> dict[int, list[int]]:
-    """The nodes of host memory and their cores: all but those that are a device's own memory."""
-    taken = {device.memory_node for device in devices}
-    return {node: cpus for node, cpus in numa.nodes(nodes).items() if node not in taken}
+    """The nodes of host memory and their cores: all but device memory, and but empty ones.
+
+    A Grace-Hopper shows more nodes than it has memory for: they are for parts of a divided device.
+    """
+    taken = set(_device_nodes(devices, nodes))
+    return {
+        node: cpus
+        for node, cpus in numa.nodes(nodes).items()
+        if node not in taken and (cpus or numa.node_bytes(node, nodes))
+    }
 
 
 def device_node_bytes(
@@ -126,16 +133,29 @@ def device_node_bytes(
         if platform.machine() != "aarch64":
             return 0
         devices = accelerators()
-    own = (device.memory_node for device in devices)
-    return sum(numa.node_bytes(node, nodes) for node in own if node is not None)
+    return sum(numa.node_bytes(node, nodes) for node in _device_nodes(devices, nodes))
+
+
+def _device_nodes(devices: Iterable[Accelerator], nodes: Path) -> list[int]:
+    """Nodes that are device memory; also of devices that this process was not shown.
+
+    CUDA_VISIBLE_DEVICES hides devices and not their memory. Where one device's memory is a node
+    without cores, so is the memory of all of them.
+    """
+    own = [device.memory_node for device in devices if device.memory_node is not None]
+    found = numa.nodes(nodes)
+    if any(found.get(node) == [] for node in own):
+        own += [node for node, cpus in found.items() if not cpus and node not in own]
+    return own
 
 
 def home_node(device: Accelerator | None, *, nodes: Path = numa.SYSFS_NODES) -> int | None:
     """The node that host memory for a device should be on; None where it makes no difference.
 
-    Never a node that is device memory: nearest by distance, and still the wrong one.
+    Never a node that is device memory: nearest by distance, and still the wrong one. Where there is
+    such a node, even a single host node is worth naming, or the system may take the other.
     """
-    if device is None or device.host_node is None:
+    if device is None or device.host_node not in host_nodes([device], nodes=nodes):
         return None
-    known = host_nodes([device], nodes=nodes)
-    return device.host_node if device.host_node in known and len(known) > 1 else None
+    with_memory = [n for n, cpus in numa.nodes(nodes).items() if cpus or numa.node_bytes(n, nodes)]
+    return device.host_node if len(with_memory) > 1 else None

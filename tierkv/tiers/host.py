@@ -104,12 +104,16 @@ class HostTier:
         """Map, bind and touch the arena. Raises TierFailed if there is not enough memory."""
         plan, size = self.plan, max(1, self.page_count) * self.plan.warm_page_bytes
         try:
-            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # A page more, that gets no advice: so the kernel joins no two arenas to one mapping,
+            # and each can be counted for itself.
+            self._map = mmap.mmap(
+                -1, size + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
         except (OSError, ValueError) as error:
             raise TierFailed(
                 f"host tier: cannot map {size} bytes ({error}); lower tiers.host.capacity"
             ) from error
-        arena = np.frombuffer(self._map, np.uint8)
+        arena = np.frombuffer(self._map, np.uint8, size)
         if self._node is not None:
             numa.bind(arena.ctypes.data, size, self._node)
         _advise(arena.ctypes.data, size, _MADV_DONTDUMP)  # KV bytes are chat text
@@ -144,7 +148,7 @@ class HostTier:
         """Send back what a coherent device has drawn into its own memory; how much it was."""
         if self._home is None:
             return 0
-        strayed = self._home.strayed_bytes(self._base)
+        strayed = self._home.strayed_bytes(self._base, self.pages.nbytes)
         if strayed:
             logger.warning("host arena strayed into device memory bytes=%d", strayed)
             self._home.recall(self._base, self.pages.nbytes)

@@ -12,6 +12,7 @@ import logging
 import mmap
 import platform
 import re
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ SYSFS_NODES: Final = Path("/sys/devices/system/node")
 SYSFS_PCI: Final = Path("/sys/bus/pci/devices")
 _MBIND: Final = {"x86_64": 237, "aarch64": 235}
 _MPOL_BIND: Final = 2
+_IS_ADDRESS: Final = re.compile(r"[0-9a-f]+")
 _ON_NODE: Final = re.compile(r"\bN(\d+)=(\d+)")
 
 
@@ -65,15 +67,22 @@ def node_bytes(node: int, root: Path = SYSFS_NODES) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def mapping_bytes(numa_maps: str, address: int) -> dict[int, int]:
-    """Bytes on each node of the mapping that begins at `address`, from /proc/PID/numa_maps."""
+def mapping_bytes(numa_maps: str, address: int, size_bytes: int) -> dict[int, int]:
+    """Bytes on each node of the mappings that begin in a range, from /proc/PID/numa_maps.
+
+    One mapping may be several there: where advice changes, the kernel divides it.
+    """
+    found: Counter[int] = Counter()
     for line in numa_maps.splitlines():
         start, _, rest = line.partition(" ")
-        if start and int(start, 16) == address:
+        if not _IS_ADDRESS.fullmatch(start):
+            continue
+        if address <= int(start, 16) < address + size_bytes:
             size = re.search(r"kernelpagesize_kB=(\d+)", rest)
             page = int(size[1]) * 1024 if size else mmap.PAGESIZE
-            return {int(node): int(count) * page for node, count in _ON_NODE.findall(rest)}
-    return {}
+            for node, count in _ON_NODE.findall(rest):
+                found[int(node)] += int(count) * page
+    return dict(found)
 
 
 def backend() -> str:

@@ -10,6 +10,7 @@ torch's streams and shared with the engine, where a pool of our own would be mem
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import TracebackType
@@ -94,12 +95,14 @@ class MappedSlab:
 
         self._device = cards[handle.card]
         size = handle.pages * handle.page_bytes
-        with cupy.cuda.Device(self._device):
-            self._address = cupy.cuda.runtime.ipcOpenMemHandle(handle.handle)
-            memory = cupy.cuda.UnownedMemory(self._address, size, self, self._device)
+        with cupy.cuda.Device(self._device), ExitStack() as undo:
+            address = cupy.cuda.runtime.ipcOpenMemHandle(handle.handle)
+            undo.callback(cupy.cuda.runtime.ipcCloseMemHandle, address)
+            memory = cupy.cuda.UnownedMemory(address, size, self, self._device)
             shape = (handle.pages, handle.page_bytes)
             array = cupy.ndarray(shape, cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
-        self.pages: Tensor = from_dlpack(array)
+            self.pages: Tensor = from_dlpack(array)
+            self._unmap = undo.pop_all()
 
     def close(self) -> None:
         """Unmap it; tensors of it must not be used any more."""
@@ -107,7 +110,7 @@ class MappedSlab:
 
         self.__dict__.pop("pages", None)
         with cupy.cuda.Device(self._device):
-            cupy.cuda.runtime.ipcCloseMemHandle(self._address)
+            self._unmap.close()
 
     def __enter__(self) -> Self:
         return self

@@ -31,8 +31,8 @@ class Home(Protocol):
         """Say that this memory stays on the host and is read from there."""
         ...
 
-    def strayed_bytes(self, address: int) -> int:
-        """Bytes of the mapping at `address` that lie in device memory."""
+    def strayed_bytes(self, address: int, size_bytes: int) -> int:
+        """Bytes of this memory that lie in device memory."""
         ...
 
     def recall(self, address: int, size_bytes: int) -> None:
@@ -56,9 +56,10 @@ class UnifiedHome:
             (advice.cudaMemAdviseSetPreferredLocation, self._host()),
             (advice.cudaMemAdviseSetAccessedBy, self._on_device()),
         ):
-            self._call("cudaMemAdvise", runtime.cudaMemAdvise(address, size_bytes, what, where))
+            advise = self._function("cudaMemAdvise")
+            self._call("cudaMemAdvise", advise(address, size_bytes, what, where))
 
-    def strayed_bytes(self, address: int) -> int:
+    def strayed_bytes(self, address: int, size_bytes: int) -> int:
         """By /proc/self/numa_maps; 0 where device memory is no node or the file is not there."""
         if self._device.memory_node is None:
             return 0
@@ -66,13 +67,17 @@ class UnifiedHome:
             text = self._numa_maps.read_text(encoding="ascii")
         except OSError:
             return 0
-        return numa.mapping_bytes(text, address).get(self._device.memory_node, 0)
+        found = numa.mapping_bytes(text, address, size_bytes)
+        return found.get(self._device.memory_node, 0)
 
     def recall(self, address: int, size_bytes: int) -> None:
         """Prefetch to the host's node, on the default stream."""
-        runtime = self._runtime
-        result = runtime.cudaMemPrefetchAsync(address, size_bytes, self._host(), 0, 0)
-        self._call("cudaMemPrefetchAsync", result)
+        prefetch = self._function("cudaMemPrefetchAsync")
+        self._call("cudaMemPrefetchAsync", prefetch(address, size_bytes, self._host(), 0, 0))
+
+    def _function(self, name: str) -> Any:
+        """The call that takes locations: in the bindings of CUDA 12 it has another name."""
+        return getattr(self._runtime, f"{name}_v2", None) or getattr(self._runtime, name)
 
     def _host(self) -> Any:
         """The host's node where it is known, else the host: CuPy's calls cannot say the first."""

@@ -113,11 +113,15 @@ def read_profile(path: Path) -> LinkProfile | None:
             return None
         ways = []
         for name in ("up", "down"):
-            rates = [float(rate) for rate in (*found[name]["copy"], found[name]["kernel"])]
-            if len(rates) != len(SIZES) + 1 or not all(0 < rate < 1e15 for rate in rates):
+            copies, kernel = found[name]["copy"], found[name]["kernel"]
+            if not isinstance(copies, list) or len(copies) != len(SIZES):
                 return None
-            ways.append(Direction(tuple(rates[:-1]), rates[-1]))
-    except (OSError, ValueError, TypeError, KeyError):
+            if not all(
+                type(rate) in (int, float) and 0 < rate < 1e15 for rate in (*copies, kernel)
+            ):
+                return None
+            ways.append(Direction(tuple(map(float, copies)), float(kernel)))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     return LinkProfile(ways[0], ways[1], f"measured, kept in {path}")
 
@@ -128,8 +132,14 @@ def _write(path: Path, profile: LinkProfile) -> None:
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
     ) as file:
-        file.write(text + "\n")
-    Path(file.name).replace(path)
+        scratch = Path(file.name)
+        try:
+            file.write(text + "\n")
+            file.flush()
+            scratch.replace(path)
+        except OSError:
+            scratch.unlink()
+            raise
 
 
 def measure_device(streams: Streams, device: device) -> LinkProfile:
