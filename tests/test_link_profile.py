@@ -500,6 +500,14 @@ def test_each_direction_is_measured_at_every_size_and_once_by_a_kernel() -> None
     assert streams.copies == wanted
     kernels = [one for one in streams.operations if one.name.startswith("move of")]
     assert [one.queue for one in kernels] == [Queue.RELAYOUT] * 2 * runs
+    copies = [one for one in streams.operations if " copies of " in one.name]
+    up = [one for one in copies if one.queue == Queue.TO_DEVICE] + kernels[:runs]
+    down = [one for one in copies if one.queue == Queue.TO_HOST] + kernels[runs:]
+    for operations, target in ((up, memory[1]), (down, memory[0])):
+        first, end = target.data_ptr(), target.data_ptr() + size
+        for operation in operations:
+            written = [one for one in operation.accesses if one.writes]
+            assert all(first <= one.start < one.stop <= end for one in written), operation.name
     assert all(index.until is not None for index in streams._uploads), "index memory is lost"
 
 

@@ -141,8 +141,8 @@ class HostTier:
     @property
     def pinned_pages(self) -> int:
         """Pages that are pinned by now."""
-        whole = int(self._is_pinned.sum()) * self._region_pages
-        return min(whole, max(1, self.page_count))
+        pages = np.arange(max(1, self.page_count))
+        return int(np.count_nonzero(self.regions(pages) >= 0))
 
     def recall_strayed(self) -> int:
         """Send back what a coherent device has drawn into its own memory; how much it was."""
