@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import mmap
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,15 @@ class Runtime:
     def __init__(self, error: Error = Error.SUCCESS) -> None:
         self.error = error
         self.calls: list[tuple[object, ...]] = []
+        self.current = 5
+        self.devices: set[int] = set()
+
+    def cudaGetDevice(self) -> tuple[Error, int]:
+        return (Error.SUCCESS, self.current)
+
+    def cudaSetDevice(self, number: int) -> tuple[Error]:
+        self.current = number
+        return (Error.SUCCESS,)
 
     def cudaMemAdvise(
         self, address: int, size: int, advice: Advice, location: Location
@@ -101,6 +111,7 @@ class Runtime:
 
     def _asked(self, *call: object) -> tuple[Error]:
         *plain, where = call
+        self.devices.add(self.current)
         assert isinstance(where, Location)
         kind = LocationType(where.type).name.removeprefix("cudaMemLocationType")
         self.calls.append((*plain, kind, where.id))
@@ -158,6 +169,15 @@ def test_bindings_of_cuda_12_do_not_keep_a_store_from_opening(
 
 
 # ---- what CUDA is told
+
+
+def test_calls_are_made_on_the_device_itself_and_the_current_one_comes_back() -> None:
+    runtime = Runtime()
+    home = UnifiedHome(device_of(number=2), runtime)
+    home.keep(4096, 4096)
+    home.recall(4096, 4096)
+
+    assert (runtime.devices, runtime.current) == ({2}, 5)
 
 
 def test_an_arena_is_told_to_stay_on_its_node_and_then_to_be_mapped_by_its_device() -> None:
@@ -303,6 +323,20 @@ def test_strays_of_an_arena_are_logged_and_recalled(
     assert "host arena strayed into device memory bytes=12288" in caplog.text
 
 
+def test_strays_are_looked_for_while_the_arena_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "_LOOK_S", 0.005)
+    path = maps(tmp_path, "")
+    with arena(UnifiedHome(device_of(), Runtime(), numa_maps=path)) as tier:
+        start = tier.pages.ctypes.data
+        path.write_text(f"{start:x} bind:0 N1=3 kernelpagesize_kB=4\n")
+        ends = time.monotonic() + 10
+        while tier.recalled_bytes < 2 * 3 * 4096:
+            assert time.monotonic() < ends
+            time.sleep(0.002)
+
+
 def test_an_arena_that_is_where_it_belongs_is_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -409,7 +443,7 @@ def test_calls_are_accepted_up_to_the_driver(caplog: pytest.LogCaptureFixture) -
         home = UnifiedHome(device_of(host_node=node), real)
         home.keep(memory.ctypes.data, memory.nbytes)
         home.recall(memory.ctypes.data, memory.nbytes)
-    assert len(caplog.records) == 6
+    assert len(caplog.records) == 10
     lacking = real.cudaError_t.cudaErrorInsufficientDriver
     assert all(str(lacking) in record.getMessage() for record in caplog.records)
 

@@ -178,7 +178,8 @@ def _quotas(host: int, cold: int, config: Config, plan: PagePlan) -> dict[TierId
 def _host(config: Config, plan: PagePlan, pages: int) -> HostTier:
     settings = config.tiers.host
     number = device_number(config.tiers.device.device)
-    device = next((one for one in accelerators() if one.number == number), None)
+    found = accelerators() if config.tiers.device.device != "cpu" else []
+    device = next((one for one in found if one.number == number), None)
     node = settings.numa if isinstance(settings.numa, int) else None
     if settings.numa == "auto":
         node = home_node(device)

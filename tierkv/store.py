@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from tierkv.assembly import FilesFor, Parts, StagingFor, assemble
 from tierkv.config import Config
@@ -32,9 +32,6 @@ from tierkv.runtime import Runtime
 __all__ = ["Hint", "HintKind", "Lease", "Match", "Store"]
 
 logger = logging.getLogger(__name__)
-
-#: Seconds between two looks at where a coherent device has put the arena: the system counts pages.
-_LOOK_S: Final = 60.0
 
 
 class Store:
@@ -53,7 +50,6 @@ class Store:
         self._chains = parts.chains
         self._cold = parts.cold
         self._syncs = 0
-        self._look_at = 0.0
         self._runtime = Runtime(parts.spec, parts.engine, demand_s=demand_s, log=config.event_log)
         self._memory = Memory(self.plan, parts.host, parts.device)
         self._reader = Reader(self._runtime, self._memory, demand_s=demand_s)
@@ -202,11 +198,6 @@ class Store:
             out = self._runtime.handle(ev.Tick())
         self._erase(out)
         self._runtime.write_log()
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + _LOOK_S
-            if strayed := self._parts.host.recall_strayed():
-                self._runtime.engine.stats.add("tierkv_host_strayed_bytes_total", strayed, "host")
 
     def flush(self, *, deadline_s: float | None = None) -> bool:
         """Make everything that was put before durable in the cold tier; False if that failed.
@@ -300,7 +291,9 @@ class Store:
                 links[f"{name},latency_ns"] = int(link.latency_ns)
             for route, moved in engine.route_bytes().items():
                 links[f"host,device,{route}_bytes"] = moved
-        tiers["host,pinned_bytes"] = self._parts.host.pinned_pages * self.plan.warm_page_bytes
+        host = self._parts.host
+        tiers["host,pinned_bytes"] = host.pinned_pages * self.plan.warm_page_bytes
+        tiers["host,recalled_bytes"] = host.recalled_bytes
         if self._cold is not None:
             tiers["cold,disk_bytes"] = self._cold.usage().disk_bytes
         return {**found, "tiers": tiers, "links": links}

@@ -51,6 +51,11 @@ _CHUNK_BYTES: Final = 64 * MIB
 _SLOW_CHUNK_S: Final = 1.0
 #: Smaller copies are absorbed by the last-level cache, and that is faster.
 _STREAM_BYTES_MIN: Final = 8 * MIB
+#: Seconds between two looks at where a coherent device has put the arena.
+_LOOK_S: Final = 60.0
+#: Room after the arena that is never touched: so the kernel joins no two arenas to one mapping, and
+#: each can be counted for itself. Whole huge pages, or it would not align the mapping to them.
+_GUARD_BYTES: Final = 2 * MIB
 #: One registration takes some 25 ms, so that nobody waits longer.
 _REGION_BYTES: Final = 256 * MIB
 
@@ -96,7 +101,9 @@ class HostTier:
             -(-max(1, pages) // self._region_pages), np.bool_
         )
         self._closing = threading.Event()
+        self.recalled_bytes = 0  # from device memory, where a coherent device had drawn them
         self._registering: threading.Thread | None = None
+        self._watching: threading.Thread | None = None
         self._map: mmap.mmap | None = None
         self._copy: StreamCopy | None = None
 
@@ -104,11 +111,8 @@ class HostTier:
         """Map, bind and touch the arena. Raises TierFailed if there is not enough memory."""
         plan, size = self.plan, max(1, self.page_count) * self.plan.warm_page_bytes
         try:
-            # A page more, that gets no advice: so the kernel joins no two arenas to one mapping,
-            # and each can be counted for itself.
-            self._map = mmap.mmap(
-                -1, size + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._map = mmap.mmap(-1, size + _GUARD_BYTES, flags=flags)
         except (OSError, ValueError) as error:
             raise TierFailed(
                 f"host tier: cannot map {size} bytes ({error}); lower tiers.host.capacity"
@@ -128,6 +132,8 @@ class HostTier:
         if self._home is not None:
             self._home.keep(self._base, size)
             self._is_pinned[:] = True
+            self._watching = threading.Thread(target=self._watch, name="tierkv-watch", daemon=True)
+            self._watching.start()
         if self._registrar is not None:
             work = partial(self._register, self._registrar)
             self._registering = threading.Thread(target=work, name="tierkv-register", daemon=True)
@@ -151,6 +157,7 @@ class HostTier:
         strayed = self._home.strayed_bytes(self._base, self.pages.nbytes)
         if strayed:
             logger.warning("host arena strayed into device memory bytes=%d", strayed)
+            self.recalled_bytes += strayed
             self._home.recall(self._base, self.pages.nbytes)
         return strayed
 
@@ -215,6 +222,8 @@ class HostTier:
         """Give the memory back. Views of it must be gone."""
         self._closing.set()
         self.wait_until_registered()
+        if self._watching is not None:
+            self._watching.join()
         for region in np.flatnonzero(self._is_pinned):
             self._is_pinned[region] = False
             if self._registrar is None:
@@ -251,6 +260,11 @@ class HostTier:
 
         with ThreadPoolExecutor(self._threads, "tierkv-touch") as pool:
             list(pool.map(touch, range(0, size, _CHUNK_BYTES)))
+
+    def _watch(self) -> None:
+        """Look where the arena lies, once a minute: the system counts its pages for that."""
+        while not self._closing.wait(_LOOK_S):
+            self.recall_strayed()
 
     def _register(self, registrar: Registrar) -> None:
         """Pin region after region; the first refusal ends it, the rest stays pageable."""

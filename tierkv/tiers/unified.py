@@ -13,6 +13,8 @@ Nobody has run this on such a machine; tests hold the calls, their order and the
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -52,12 +54,13 @@ class UnifiedHome:
         """Prefer the host's node, and keep the device's mapping; refusals are logged only."""
         runtime = self._runtime
         advice = runtime.cudaMemoryAdvise
-        for what, where in (
-            (advice.cudaMemAdviseSetPreferredLocation, self._host()),
-            (advice.cudaMemAdviseSetAccessedBy, self._on_device()),
-        ):
-            advise = self._function("cudaMemAdvise")
-            self._call("cudaMemAdvise", advise(address, size_bytes, what, where))
+        advise = self._function("cudaMemAdvise")
+        with self._current():
+            for what, where in (
+                (advice.cudaMemAdviseSetPreferredLocation, self._host()),
+                (advice.cudaMemAdviseSetAccessedBy, self._on_device()),
+            ):
+                self._call("cudaMemAdvise", advise(address, size_bytes, what, where))
 
     def strayed_bytes(self, address: int, size_bytes: int) -> int:
         """By /proc/self/numa_maps; 0 where device memory is no node or the file is not there."""
@@ -73,7 +76,20 @@ class UnifiedHome:
     def recall(self, address: int, size_bytes: int) -> None:
         """Prefetch to the host's node, on the default stream."""
         prefetch = self._function("cudaMemPrefetchAsync")
-        self._call("cudaMemPrefetchAsync", prefetch(address, size_bytes, self._host(), 0, 0))
+        with self._current():
+            result = prefetch(address, size_bytes, self._host(), 0, 0)
+            self._call("cudaMemPrefetchAsync", result)
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make the device the thread's current one: no other shall get a context by this."""
+        error, before = self._runtime.cudaGetDevice()
+        self._call("cudaSetDevice", self._runtime.cudaSetDevice(self._device.number))
+        try:
+            yield
+        finally:
+            if not int(error):
+                self._runtime.cudaSetDevice(before)
 
     def _function(self, name: str) -> Any:
         """The call that takes locations: in the bindings of CUDA 12 it has another name."""

@@ -56,7 +56,7 @@ class Direction:
 
     @property
     def crossover_bytes(self) -> int:
-        """The least size in `SIZES` from which on the copy engine is the faster; 0 if always."""
+        """The least of `SIZES` from which on the copy engine is the faster; 0 from the first."""
         slower = [size for size, rate in zip(SIZES, self.copy, strict=True) if rate < self.kernel]
         return 0 if not slower else next((size for size in SIZES if size > slower[-1]), 1 << 62)
 
@@ -184,6 +184,7 @@ def _kernel_rate(streams: Streams, source: Tensor, target: Tensor) -> float:
     shape = BlockShape(1, 1, 1, _ROW_BYTES)
     at = Arrangement.canonical(shape)
     count = source.numel() // _ROW_BYTES
+    assert count, f"scratch memory of less than {_ROW_BYTES} bytes measures nothing"
     draw = np.random.default_rng(1)
     offsets = [draw.permutation(count).astype(np.int64) * _ROW_BYTES for _ in range(2)]
     streams.begin()
