@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench reliability clean
 .DEFAULT_GOAL := test
 
 # torch first and pinned: 2.13.0 is the CPU build here, a loose range pulls gigabytes.
@@ -28,6 +28,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tools/bench_store.py $(ARGS)
+
+reliability: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/reliability.py $(ARGS)
 
 clean:
 	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

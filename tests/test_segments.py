@@ -580,3 +580,24 @@ def test_a_batch_of_none_is_fine() -> None:
     assert tier.read_pages([], []) == []
     tier.close()
     tier.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_erasure_that_a_failed_sync_dropped_is_covered_by_the_next_good_one(seed: int) -> None:
+    """Found by the drill of the n-th fault: the page came back after a crash."""
+    disk = MemoryFiles(Path("disk"), seed=seed)
+    files = FaultyFiles(disk, seed=seed)
+    tier = tier_on(files)
+    tier.open()
+    fill(tier, {0: 0, 1: 1})
+    tier.sync()
+    tier.erase([0])
+    files.schedule = lambda _number, operation: Fault.EIO if operation == "sync" else None
+    with pytest.raises(TierFailed):
+        tier.sync()
+    files.schedule = None
+    tier.sync()
+    disk.crash()
+    tier = tier_on(files)
+    assert 0 not in {found.page for found in tier.open()}
+    tier.close()

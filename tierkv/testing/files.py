@@ -71,6 +71,26 @@ class MemoryFiles:
                 self._settle(inode)
             self.shutdown()
 
+    def copy(self, *, seed: int) -> MemoryFiles:
+        """The same disk as it is now, with another fate: nothing is shared, no handle is open."""
+        with self._lock:
+            other = MemoryFiles(self._root, seed=seed, capacity_bytes=self._capacity_bytes)
+            made: dict[int, _Inode] = {}
+
+            def twin(inode: _Inode) -> _Inode:
+                if id(inode) not in made:
+                    parts = bytearray(inode.seen), bytearray(inode.durable), list(inode.unsynced)
+                    made[id(inode)] = _Inode(*parts)
+                return made[id(inode)]
+
+            def twins(names: dict[str, _Inode]) -> dict[str, _Inode]:
+                return {name: twin(inode) for name, inode in names.items()}
+
+            other._names = twins(self._names)
+            other._durable_names = twins(self._durable_names)
+            other._unsynced_names = [twins(names) for names in self._unsynced_names]
+            return other
+
     def fail_sync(self, handle: int) -> None:
         """Drop a part of a file's unsynced writes and call it clean, as a failed fsync may."""
         with self._lock:
@@ -227,12 +247,18 @@ class Fault(StrEnum):
 
     EIO = "eio"
     ENOSPC = "enospc"
+    EDQUOT = "edquot"
+    EMFILE = "emfile"
+    EINTR = "eintr"
+    EAGAIN = "eagain"
     #: Half the bytes move, then EIO: what an engine may make of a short transfer.
     SHORT = "short"
     #: A read succeeds with one bit wrong.
     FLIP = "flip"
     #: A write succeeds, and nothing was written.
     LOST = "lost"
+    #: A write succeeds, and its bytes are some pages further on or back.
+    MISDIRECTED = "misdirected"
     DELAY = "delay"
 
 
@@ -240,9 +266,14 @@ class Fault(StrEnum):
 _APPLIES: Final[Mapping[Fault, frozenset[str]]] = {
     Fault.EIO: frozenset({"read", "write", "sync", "open", "rename", "sync_root"}),
     Fault.ENOSPC: frozenset({"write", "preallocate", "open"}),
+    Fault.EDQUOT: frozenset({"write", "preallocate", "open"}),
+    Fault.EMFILE: frozenset({"open"}),
+    Fault.EINTR: frozenset({"read", "write", "sync", "open"}),
+    Fault.EAGAIN: frozenset({"read", "write", "preallocate"}),
     Fault.SHORT: frozenset({"read", "write"}),
     Fault.FLIP: frozenset({"read"}),
     Fault.LOST: frozenset({"write"}),
+    Fault.MISDIRECTED: frozenset({"write"}),
     Fault.DELAY: frozenset({"read", "write", "sync"}),
 }
 
@@ -356,6 +387,8 @@ class FaultyFiles:
         if fault is Fault.SHORT:
             self._inner.write(handle, offset, buffers[: len(buffers) // 2])
             raise OSError(errno.EIO, "injected short write")
+        if fault is Fault.MISDIRECTED:
+            offset = self._elsewhere(handle, offset, sum(map(len, buffers)))
         if fault is not Fault.LOST:
             self._inner.write(handle, offset, buffers)
 
@@ -391,6 +424,13 @@ class FaultyFiles:
         """As the inner engine."""
         self._inner.shutdown()
 
+    def _elsewhere(self, handle: int, offset: int, size_bytes: int) -> int:
+        """Another place of the file where as much fits; the same where there is none."""
+        step = max(1, self.align_bytes)
+        last = (self._inner.size(handle) - size_bytes) // step
+        with self._lock:
+            return self._random.randint(0, last) * step if last > 0 else offset
+
     def _strike(self, operation: str, name: str) -> Fault | None:
         """Ask the schedule; raise or wait here, return what the caller must do itself."""
         with self._lock:
@@ -398,13 +438,23 @@ class FaultyFiles:
             self.calls += 1
             if fault is not None:
                 self.injected[fault] += 1
-        if fault is Fault.EIO:
-            raise OSError(errno.EIO, f"injected into {operation}", name or None)
-        if fault is Fault.ENOSPC:
-            raise OSError(errno.ENOSPC, f"injected into {operation}", name or None)
+        code = None if fault is None else _ERRNO.get(fault)
+        if code is not None:
+            raise OSError(code, f"injected into {operation}", name or None)
         if fault is Fault.DELAY:
             time.sleep(self._delay_s)
         return fault
+
+
+#: Faults that a call reports.
+_ERRNO: Final[Mapping[Fault, int]] = {
+    Fault.EIO: errno.EIO,
+    Fault.ENOSPC: errno.ENOSPC,
+    Fault.EDQUOT: errno.EDQUOT,
+    Fault.EMFILE: errno.EMFILE,
+    Fault.EINTR: errno.EINTR,
+    Fault.EAGAIN: errno.EAGAIN,
+}
 
 
 def _applies(fault: Fault, operation: str) -> bool:

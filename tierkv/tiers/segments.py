@@ -95,6 +95,8 @@ class SegmentTier:
         self._quarantined: set[int] = set()
         self._distrusted: set[int] = set()
         self._unsynced: dict[int, set[int]] = {}
+        self._erased: dict[int, set[int]] = {}  # by segment, since its last sync
+        self._lost_erasures: set[int] = set()  # by a failed sync
         self._failed_syncs: Counter[int] = Counter()
         self._counts: Counter[str] = Counter()
         # Held over a whole sync, so that a second caller does not return before the first is done.
@@ -150,6 +152,7 @@ class SegmentTier:
             first = self._next_generation
             self._next_generation += len(numbers)
             self._generations[numbers] = 0
+            self._lost_erasures.difference_update(numbers)
             failed_syncs = {segment: self._failed_syncs[segment] for segment in segments}
         headers = [
             PageHeader(page, first + index, label)
@@ -219,14 +222,18 @@ class SegmentTier:
         with self._lock:
             failures_before = self._failed_syncs.total()
         with self._syncing:
+            self._erase_again()
             with self._lock:
                 unsynced, self._unsynced = self._unsynced, {}
+                erased, self._erased = self._erased, {}
                 self._counts["syncs"] += 1
             for segment, written in unsynced.items():
                 try:
                     self._files.sync(self._directory.segments[segment].handle)
                 except OSError as error:
                     self._distrust(segment, written, error)
+                    with self._lock:
+                        self._lost_erasures |= erased.get(segment, set())
             with self._lock:
                 failures = self._failed_syncs.total() - failures_before
         if failures:
@@ -372,7 +379,23 @@ class SegmentTier:
         segment = self._io.erase(page)
         if segment is not None:
             with self._lock:
-                self._unsynced.setdefault(segment, set())
+                self._note_erased(segment, page)
+
+    def _note_erased(self, segment: int, page: int) -> None:
+        self._unsynced.setdefault(segment, set())
+        self._erased.setdefault(segment, set()).add(page)
+
+    def _erase_again(self) -> None:
+        """Write anew what a failed sync may have dropped: the next good one must cover it.
+
+        Under the lock, so that no write of such a page begins meanwhile.
+        """
+        with _tier_errors("cannot erase in the cold tier", self._count_io_error), self._lock:
+            for page in sorted(self._lost_erasures):
+                segment = self._io.erase(page)
+                self._lost_erasures.discard(page)
+                if segment is not None:
+                    self._note_erased(segment, page)
 
     def _erase_untrusted(self) -> None:
         """Keep the next start from finding pages that this one gave up on."""
