@@ -27,6 +27,7 @@ from tierkv.tiers.host import HostTier
 from tierkv.tiers.segment_format import page_header_bytes
 from tierkv.tiers.segments import SegmentTier
 from tierkv.tiers.unified import unified_home
+from tierkv.transfer.breaker import Breaker
 from tierkv.transfer.engine import TransferEngine
 from tierkv.transfer.link_profile import link_profile, measure_device
 from tierkv.transfer.spread import PlainSpread
@@ -119,6 +120,11 @@ def assemble(
             inflight_bytes_max=config.transfer.inflight_max,
             piece_bytes=config.tiers.cold.piece,
             sync_each_write=config.tiers.cold.sync == "always",
+            breaker=Breaker(
+                TierId.COLD.label,
+                faults_max=config.tiers.cold.breaker_faults,
+                slow_s=config.tiers.cold.breaker_slow_ms / 1e3,
+            ),
         )
         undo.pop_all()
     return Parts(spec, chains, host, device, cold, files, engine, recovered)

@@ -299,6 +299,12 @@ class ColdConfig(_Section):
     )
     threads: int = Field(default=8, ge=1, le=256, description="Threads that read; as many write.")
     piece: Size = Field(default=8 * MIB, description="Most bytes of one request.")
+    breaker_faults: int = Field(
+        default=3, ge=1, le=1000, description="Faults in a row after which the disk is left alone."
+    )
+    breaker_slow_ms: Milliseconds = Field(
+        default=5000, description="One request that takes longer counts as a fault."
+    )
     sync: Literal["flush", "always"] = Field(
         default="flush", description="When writes are made durable: at flush, or after each."
     )

@@ -211,6 +211,7 @@ class Store:
         dirty = runtime.planner.movement.dirty
         if self._cold is None:
             return not len(runtime.planner.index)
+        runtime.engine.breaker.try_now()
         left: int | None = None
         while True:
             with runtime.lock:
@@ -269,6 +270,8 @@ class Store:
     def snapshot(self) -> dict[str, dict[str, int]]:
         """Counters by name, what each tier holds, and what each link gives.
 
+        "tiers" has "cold,breaker_state" too: 0 closed, 1 half-open, 2 open.
+
         "tiers" has keys as "host,used_bytes", "links" as "cold,host,bytes_per_second"; a link is
         there once something was moved on it. On CUDA the bytes that crossed the link to the device,
         both ways, are there by route: page, runs, mapped.
@@ -295,6 +298,8 @@ class Store:
         tiers["host,pinned_bytes"] = host.pinned_pages * self.plan.warm_page_bytes
         tiers["host,recalled_bytes"] = host.recalled_bytes
         if self._cold is not None:
+            tiers["cold,breaker_state"] = engine.breaker.state
+            tiers["cold,breaker_skipped"] = engine.breaker.skipped
             tiers["cold,disk_bytes"] = self._cold.usage().disk_bytes
         return {**found, "tiers": tiers, "links": links}
 

@@ -14,16 +14,17 @@ import errno
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import count
 from pathlib import Path
-from typing import Final, TypeAlias
 
 import numpy as np
 
+from tierkv.testing.faults import ERRNO, Fault, Schedule, at_rates, from_then_on, once
 from tierkv.tiers.files.base import Buffer, FileEngine, address_of, check_name
+
+__all__ = ["Fault", "FaultyFiles", "MemoryFiles", "Schedule", "at_rates", "from_then_on", "once"]
 
 
 @dataclass(slots=True, eq=False)
@@ -242,68 +243,6 @@ def _put(data: bytearray, offset: int, piece: bytes) -> None:
     data[offset : offset + len(piece)] = piece
 
 
-class Fault(StrEnum):
-    """What can go wrong with one call."""
-
-    EIO = "eio"
-    ENOSPC = "enospc"
-    EDQUOT = "edquot"
-    EMFILE = "emfile"
-    EINTR = "eintr"
-    EAGAIN = "eagain"
-    #: Half the bytes move, then EIO: what an engine may make of a short transfer.
-    SHORT = "short"
-    #: A read succeeds with one bit wrong.
-    FLIP = "flip"
-    #: A write succeeds, and nothing was written.
-    LOST = "lost"
-    #: A write succeeds, and its bytes are some pages further on or back.
-    MISDIRECTED = "misdirected"
-    DELAY = "delay"
-
-
-#: Which calls a fault drawn at a rate may hit.
-_APPLIES: Final[Mapping[Fault, frozenset[str]]] = {
-    Fault.EIO: frozenset({"read", "write", "sync", "open", "rename", "sync_root"}),
-    Fault.ENOSPC: frozenset({"write", "preallocate", "open"}),
-    Fault.EDQUOT: frozenset({"write", "preallocate", "open"}),
-    Fault.EMFILE: frozenset({"open"}),
-    Fault.EINTR: frozenset({"read", "write", "sync", "open"}),
-    Fault.EAGAIN: frozenset({"read", "write", "preallocate"}),
-    Fault.SHORT: frozenset({"read", "write"}),
-    Fault.FLIP: frozenset({"read"}),
-    Fault.LOST: frozenset({"write"}),
-    Fault.MISDIRECTED: frozenset({"write"}),
-    Fault.DELAY: frozenset({"read", "write", "sync"}),
-}
-
-#: The fault, or none, for call number `number`, counted from 0, of operation `operation`.
-Schedule: TypeAlias = Callable[[int, str], Fault | None]
-
-
-def once(number: int, fault: Fault) -> Schedule:
-    """A schedule with one fault, at call `number`."""
-    return lambda n, operation: fault if n == number and _applies(fault, operation) else None
-
-
-def from_then_on(number: int, fault: Fault) -> Schedule:
-    """A schedule with a fault at every call from `number` on."""
-    return lambda n, operation: fault if n >= number and _applies(fault, operation) else None
-
-
-def at_rates(seed: int, rates: Mapping[Fault, float]) -> Schedule:
-    """A schedule that draws each fault with its chance per call that it applies to."""
-    rng = random.Random(seed)
-
-    def draw(_number: int, operation: str) -> Fault | None:
-        for fault, rate in rates.items():
-            if _applies(fault, operation) and rng.random() < rate:
-                return fault
-        return None
-
-    return draw
-
-
 class FaultyFiles:
     """`inner` with faults. Any thread; with one thread, a seed replays exactly.
 
@@ -438,24 +377,9 @@ class FaultyFiles:
             self.calls += 1
             if fault is not None:
                 self.injected[fault] += 1
-        code = None if fault is None else _ERRNO.get(fault)
+        code = None if fault is None else ERRNO.get(fault)
         if code is not None:
             raise OSError(code, f"injected into {operation}", name or None)
         if fault is Fault.DELAY:
             time.sleep(self._delay_s)
         return fault
-
-
-#: Faults that a call reports.
-_ERRNO: Final[Mapping[Fault, int]] = {
-    Fault.EIO: errno.EIO,
-    Fault.ENOSPC: errno.ENOSPC,
-    Fault.EDQUOT: errno.EDQUOT,
-    Fault.EMFILE: errno.EMFILE,
-    Fault.EINTR: errno.EINTR,
-    Fault.EAGAIN: errno.EAGAIN,
-}
-
-
-def _applies(fault: Fault, operation: str) -> bool:
-    return operation in _APPLIES[fault]

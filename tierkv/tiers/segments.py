@@ -34,7 +34,7 @@ from tierkv.core.errors import CorruptData, GeometryMismatch, TierFailed
 from tierkv.core.geometry import MIB, PagePlan
 from tierkv.core.tier import PageLabel, RecoveredPage
 from tierkv.tiers.files.base import FileEngine
-from tierkv.tiers.segment_directory import EPOCH_SHIFT, SegmentDirectory, tier_error
+from tierkv.tiers.segment_directory import EPOCH_SHIFT, SegmentDirectory, open_error, tier_error
 from tierkv.tiers.segment_format import PageHeader
 from tierkv.tiers.segment_io import Fault, Payload, SegmentIO, Wanted
 
@@ -109,6 +109,11 @@ class SegmentTier:
             return frozenset(self._quarantined)
 
     @property
+    def io_errors(self) -> int:
+        """Errors of the disk so far; needs no lock."""
+        return self._counts["io_errors"]
+
+    @property
     def distrusted(self) -> frozenset[int]:
         """Pages lost to a failed sync and not written since."""
         with self._lock:
@@ -129,7 +134,7 @@ class SegmentTier:
                 self._directory.release()
                 raise
         except OSError as error:
-            raise TierFailed(f"cannot open the cold directory: {error}") from error
+            raise open_error(error) from error
         self._is_open = True
         logger.info("cold tier opened pages=%d clean=%s", len(pages), was_clean)
         return pages
@@ -377,25 +382,20 @@ class SegmentTier:
 
     def _erase_header(self, page: int) -> None:
         segment = self._io.erase(page)
-        if segment is not None:
-            with self._lock:
-                self._note_erased(segment, page)
+        with self._lock:
+            self._note_erased(segment, page)
 
-    def _note_erased(self, segment: int, page: int) -> None:
-        self._unsynced.setdefault(segment, set())
-        self._erased.setdefault(segment, set()).add(page)
+    def _note_erased(self, segment: int | None, page: int) -> None:
+        if segment is not None:
+            self._unsynced.setdefault(segment, set())
+            self._erased.setdefault(segment, set()).add(page)
 
     def _erase_again(self) -> None:
-        """Write anew what a failed sync may have dropped: the next good one must cover it.
-
-        Under the lock, so that no write of such a page begins meanwhile.
-        """
+        """Write anew what a failed sync may have dropped; locked, so that no write begins there."""
         with _tier_errors("cannot erase in the cold tier", self._count_io_error), self._lock:
             for page in sorted(self._lost_erasures):
-                segment = self._io.erase(page)
+                self._note_erased(self._io.erase(page), page)
                 self._lost_erasures.discard(page)
-                if segment is not None:
-                    self._note_erased(segment, page)
 
     def _erase_untrusted(self) -> None:
         """Keep the next start from finding pages that this one gave up on."""

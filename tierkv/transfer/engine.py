@@ -36,6 +36,7 @@ from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.host import HostTier
 from tierkv.tiers.segments import SegmentTier
 from tierkv.transfer.bandwidth import LinkEstimate
+from tierkv.transfer.breaker import Breaker
 from tierkv.transfer.lane import Follow, Job, Lane, PolledLane, Started
 from tierkv.transfer.staging import Staging
 
@@ -82,6 +83,7 @@ class TransferEngine:
         inflight_bytes_max: int = 256 << 20,
         piece_bytes: int = 8 << 20,
         sync_each_write: bool = False,
+        breaker: Breaker | None = None,
     ) -> None:
         self._plan = plan
         self._host = host
@@ -89,6 +91,7 @@ class TransferEngine:
         self._cold = cold
         self._piece_bytes = piece_bytes
         self._sync_each_write = sync_each_write
+        self.breaker = breaker or Breaker(TierId.COLD.label)
         self._batches: dict[int, _Batch] = {}
         self._done: deque[Result] = deque()
         self._progress = threading.Condition()
@@ -204,15 +207,29 @@ class TransferEngine:
                 batch.started_ns = batch.started_ns or now
                 late = batch.deadline_ns is not None and now > batch.deadline_ns
                 begin = not (batch.cancelled or late)
-            if not begin:
+            is_cold = TierId.COLD in (batch.transfer.source, batch.transfer.target)
+            if not begin or (is_cold and not self.breaker.begin()):
                 self._finish(batch)
                 return None
             if self._staging is not None and self._lane_of(batch.transfer) == "device":
                 return self._start(batch, piece, self._staging)
-            verify = self._attempt(lambda: self._carry(batch.transfer, piece))
-            if verify is None or batch.transfer.source is not TierId.COLD:
+            if not is_cold:
+                verify = self._attempt(lambda: self._carry(batch.transfer, piece))
                 return lambda: self._settle(batch, piece, verify)
-            job = Job(batch.transfer.id, 0, lambda: self._settle(batch, piece, verify))
+            assert self._cold is not None
+            errors = self._cold.io_errors
+            verify = self._attempt(lambda: self._carry(batch.transfer, piece))
+            seconds = (time.monotonic_ns() - now) / 1e9
+            if verify is None or batch.transfer.source is not TierId.COLD:
+                self.breaker.end(is_good=verify is not None, seconds=seconds)
+                return lambda: self._settle(batch, piece, verify)
+
+            def settle() -> None:
+                self._settle(batch, piece, verify)
+                assert self._cold is not None
+                self.breaker.end(is_good=self._cold.io_errors == errors, seconds=seconds)
+
+            job = Job(batch.transfer.id, 0, settle)
             return lambda: self._lanes["check"].submit([job], batch.transfer.urgency)
 
         return run
