@@ -80,7 +80,10 @@ def assemble(
     plan = layout.pages
     chains = {
         name: KeyChain(
-            layout.fingerprint, salt=space.salt.encode(), block_tokens=config.block_tokens
+            layout.fingerprint,
+            namespace=name,
+            salt=space.salt.encode(),
+            block_tokens=config.block_tokens,
         )
         for name, space in config.namespaces.items()
     }

@@ -1,13 +1,14 @@
 """The command: thin. Each body is a few lines around a module that can be used without it.
 
-Exit codes: 0 done; 1 it failed at run time; 2 wrong usage or configuration; 3 a check found
-damage. A user's mistake is a message on stderr, never a traceback.
+Exit codes: 0 done; 1 it failed at run time, or a check found damage; 2 wrong usage or
+configuration; 130 interrupted. A user's mistake is a message on stderr, never a traceback.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -25,9 +26,11 @@ from tierkv.config_yaml import ConfigFileError
 from tierkv.core.errors import ConfigError, TierKVError
 from tierkv.core.models import model_geometry
 from tierkv.doctor import State, examine
+from tierkv.upkeep import DrillKind
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="tierkv",
@@ -39,6 +42,9 @@ config_app = typer.Typer(help="Check, show and describe configuration files.", n
 app.add_typer(config_app, name="config")
 
 ConfigFile: TypeAlias = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file.")]
+ColdDirectory: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="DIRECTORY", help="tiers.cold.directory, or a folder in it.")
+]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -152,6 +158,75 @@ def demo(
     from tierkv.demo import run
 
     raise typer.Exit(run(json_path=json_path, quick=quick, directory=directory))
+
+
+@app.command()
+def check(
+    directory: ColdDirectory,
+    *,
+    deep: Annotated[bool, typer.Option("--deep", help="Read and verify every payload.")] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
+    ] = None,
+) -> None:
+    """Say what a cold directory holds and what in it is damaged; changes nothing."""
+    from tierkv.upkeep.report import as_json, examine
+    from tierkv.upkeep.show import show_report
+
+    reports = examine(directory, deep=deep)
+    for report in reports:
+        show_report(_console(), report)
+    if json_path is not None:
+        text = json.dumps(as_json(directory, reports, deep=deep), indent=2) + "\n"
+        try:
+            json_path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json: {error}") from None
+    if any(report.damage for report in reports):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def scrub(
+    directory: ColdDirectory,
+    *,
+    rate: Annotated[
+        str, typer.Option(metavar="SIZE/s", help="Read at most this much a second.")
+    ] = "100MB/s",
+    once: Annotated[bool, typer.Option("--once", help="End after one pass.")] = False,
+) -> None:
+    """Verify everything at a bounded rate, pass after pass; goes on where it was interrupted."""
+    from tierkv.upkeep.pace import parse_rate
+    from tierkv.upkeep.scrub import Scrub
+    from tierkv.upkeep.show import ScrubWords
+
+    try:
+        is_good = Scrub(directory, parse_rate(rate), ScrubWords(_console())).run(once=once)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if not is_good:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def drill(
+    kind: Annotated[DrillKind, typer.Argument(help="What to break.")],
+    directory: ColdDirectory,
+    *,
+    count: Annotated[int, typer.Option(min=1, help="Pages to break.")] = 16,
+    seed: Annotated[int | None, typer.Option(help="Repeat a drill; it prints its seed.")] = None,
+) -> None:
+    """Break a copy of a cold directory, made beside it, and show that no wrong byte is served."""
+    from tierkv.upkeep.drill import run_drill
+    from tierkv.upkeep.show import show_outcome
+
+    chosen = secrets.randbelow(1 << 32) if seed is None else seed
+    outcomes = run_drill(directory, kind, seed=chosen, count=count)
+    for outcome in outcomes:
+        show_outcome(_console(), outcome)
+    if not all(outcome.held for outcome in outcomes):
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _show_json(

@@ -24,6 +24,7 @@ BlockKey = NewType("BlockKey", bytes)
 Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.integer]
 
 KEY_BYTES: Final = 32
+DEFAULT_NAMESPACE: Final = "default"
 
 
 class KeyChain:
@@ -31,9 +32,19 @@ class KeyChain:
 
     __slots__ = ("block_tokens", "root")
 
-    def __init__(self, fingerprint: bytes, *, salt: bytes = b"", block_tokens: int = 16) -> None:
+    def __init__(
+        self,
+        fingerprint: bytes,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        salt: bytes = b"",
+        block_tokens: int = 16,
+    ) -> None:
         self.block_tokens = block_tokens
         head = b"tierkv/root/1" + len(salt).to_bytes(4, "little") + salt
+        if namespace != DEFAULT_NAMESPACE:  # tenants with one salt, or none, share nothing either
+            name = namespace.encode()
+            head += len(name).to_bytes(4, "little") + name
         self.root = BlockKey(hashlib.sha256(head + fingerprint).digest())
 
     def of_tokens(self, tokens: Tokens, *, parent: BlockKey | None = None) -> list[BlockKey]:

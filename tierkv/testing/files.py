@@ -68,7 +68,8 @@ class MemoryFiles:
                 self._durable_names = self._unsynced_names[survived - 1]
             self._names = dict(self._durable_names)
             self._unsynced_names.clear()
-            for inode in set(self._names.values()):
+            # In the order of their names: a seed gives the same fates in every process.
+            for inode in dict.fromkeys(self._names[name] for name in sorted(self._names)):
                 self._settle(inode)
             self.shutdown()
 

@@ -44,6 +44,7 @@ from tierkv.tiers.segment_format import (
     STORE_ID_BYTES,
     SegmentShape,
     encode_segment_header,
+    other_version,
     parse_segment_header,
 )
 
@@ -143,7 +144,7 @@ class SegmentDirectory:
         manifest = self._opened()
         epoch = max(manifest.epoch, epoch_seen) + 1
         if epoch > _EPOCHS_MAX:
-            raise TierFailed("no epochs are left in this directory; cure: remove its contents")
+            raise TierFailed("no epochs are left in the cold directory; cure: remove its contents")
         self._write_manifest(epoch=epoch, clean=False)
         return epoch
 
@@ -249,6 +250,8 @@ class SegmentDirectory:
         handle = self._files.open(name)
         try:
             self._expect_segment(handle, number)
+        except TierFailed as error:
+            raise TierFailed(f"{name} is {error}") from None
         except GeometryMismatch as error:
             # Its name is ours and needed, and no page in it can be one that this store wrote.
             self._files.close(handle)
@@ -279,6 +282,7 @@ class SegmentDirectory:
             )
 
     def _read_segment_header(self, handle: int) -> tuple[SegmentShape, int]:
+        """CorruptData if it is damaged, TierFailed if it is of another version."""
         if self._files.size(handle) < SEGMENT_HEADER_BYTES:
             raise CorruptData("the file is shorter than a segment header")
         header = aligned_array(SEGMENT_HEADER_BYTES, ALIGN_BYTES)
@@ -293,6 +297,9 @@ class SegmentDirectory:
 
     def _create(self, number: int, slots: int) -> SegmentFile:
         tmp = f"segment-{number:08d}.tmp"
+        # A link or pipe that somebody put there is no file, so `open` could not remove it.
+        with suppress(FileNotFoundError):
+            self._files.unlink(tmp)
         handle = self._files.open(tmp, create=True)
         try:
             self._files.preallocate(handle, self.shape.segment_bytes(slots))
@@ -329,13 +336,10 @@ class SegmentDirectory:
         try:
             found = msgspec.json.decode(line, type=_FormatOnly).format
             manifest = msgspec.json.decode(line, type=Manifest) if found == FORMAT_VERSION else None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CorruptData(f"manifest: {error}") from error
         if manifest is None:
-            raise TierFailed(
-                f"the cold directory is of format {found}, this version reads {FORMAT_VERSION}; "
-                "cure: another directory, or remove the contents of this one"
-            )
+            raise TierFailed(f"the cold directory's manifest is {other_version(found)}")
         return manifest
 
     def _manifest_of_segments(self) -> Manifest:
@@ -346,6 +350,8 @@ class SegmentDirectory:
             try:
                 shape, _ = self._read_segment_header(handle)
                 break
+            except TierFailed as error:
+                raise TierFailed(f"{name} is {error}") from None
             except (CorruptData, OSError):
                 continue
             finally:
@@ -421,6 +427,14 @@ def tier_error(doing: str, error: OSError) -> TierFailed | TierFull:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return TierFull(f"{doing}: {error}; cure: free space, or lower cold.capacity")
     return TierFailed(f"{doing}: {error}")
+
+
+def open_error(error: OSError) -> TierFailed:
+    """What an engine's OSError means for a tier that is being opened."""
+    return TierFailed(
+        f"cannot open the cold directory: {error}; cure: remove what is named, or if the device "
+        "fails, choose another directory"
+    )
 
 
 def _segment_name(number: int) -> str:

@@ -39,7 +39,7 @@ from typing import Final
 
 import xxhash
 
-from tierkv.core.errors import CorruptData
+from tierkv.core.errors import CorruptData, TierFailed
 from tierkv.core.geometry import ALIGN_BYTES, PagePlan, align_up
 from tierkv.core.keys import KEY_BYTES
 from tierkv.core.tier import BlockLabel, PageLabel
@@ -130,20 +130,33 @@ def encode_segment_header(shape: SegmentShape, segment: int, out: Buffer) -> Non
 
 
 def parse_segment_header(data: Buffer) -> tuple[SegmentShape, int]:
-    """The shape and number in a segment header. Raises CorruptData."""
+    """The shape and number in a segment header. CorruptData; TierFailed for another version's.
+
+    Every version keeps the checksum where it is, so that none is taken for a damaged one.
+    """
     _expect("segment header bytes", SEGMENT_HEADER_BYTES, len(data))
     (magic, version, header_bytes, page_bytes, blocks, pages, segment, store_id, fingerprint) = (
         _SEGMENT_FIELDS.unpack_from(data)
     )
     _expect("segment magic", _SEGMENT_MAGIC, magic)
-    _expect("segment format version", FORMAT_VERSION, version)
     _expect_checksum("segment header", data)
+    if version > FORMAT_VERSION:
+        raise other_version(version)
+    _expect("segment format version", FORMAT_VERSION, version)
     _expect_zeros("segment header", data[_SEGMENT_FIELDS.size : -_CHECKSUM_BYTES])
     if not (blocks and pages and page_bytes) or page_bytes % ALIGN_BYTES:
         raise CorruptData(f"impossible segment: {blocks=} {pages=} {page_bytes=}")
     _expect("page header bytes", page_header_bytes(blocks), header_bytes)
     shape = SegmentShape(fingerprint, store_id, header_bytes, page_bytes, blocks, pages)
     return shape, segment
+
+
+def other_version(version: int) -> TierFailed:
+    """Something whole is of another version of the format: in words that follow "it is"."""
+    return TierFailed(
+        f"of format {version}, this version reads {FORMAT_VERSION}; cure: another directory, "
+        "the version that wrote this one, or remove its contents"
+    )
 
 
 @dataclass(frozen=True, slots=True)
