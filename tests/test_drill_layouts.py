@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -112,8 +111,10 @@ def test_keys_without_the_salt_are_found(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_keys_without_the_layout_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made = KeyChain.__init__
 
-    def careless(chain: KeyChain, _fingerprint: bytes, **more: Any) -> None:
-        made(chain, bytes(32), **more)
+    def careless(
+        chain: KeyChain, _fingerprint: bytes, *, block_tokens: int = 16, **_: object
+    ) -> None:
+        made(chain, bytes(32), block_tokens=block_tokens)
         chain.root = BlockKey(bytes(32))
 
     monkeypatch.setattr(KeyChain, "__init__", careless)

@@ -40,7 +40,7 @@ CLASSES = (
     Class("crashes", "power lost at every call, 8 fates each", 20_000, 250_000),
     Class("nth_fault", "n-th call fails, once and from then on", 5_000, 100_000),
     Class("flips", "bits flipped, pages swapped, cut and stale", 20_000, 500_000),
-    Class("layouts", "put under one layout, get under another", 100, 3_000),
+    Class("layouts", "put under one layout, get under another", 280, 3_000),
     Class("hostile", "hostile entries in the cache directory", 60, 2_000),
 )
 #: Parts of a drill that run beside each other.
