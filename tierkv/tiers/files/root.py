@@ -201,13 +201,24 @@ class RootedFiles(ABC):
 
 
 def _open_root(root: Path) -> int:
-    """A descriptor of the root directory, created 0700 if absent; OSError if it is unsafe."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """A descriptor of the root directory, created 0700 if absent; OSError if it is unsafe.
+
+    A link in its place is followed if we made it: it is how a directory is moved to another disk.
+    """
+    owner = root.lstat().st_uid if root.is_symlink() else os.geteuid()
+    if owner != os.geteuid():
+        words = f"refused: it is a link of uid {owner}, not of ours (uid {os.geteuid()})"
+        raise OSError(errno.EPERM, f"{words}; cure: remove the link", str(root))
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        words = f"{error.strerror}; cure: a directory of yours there, or another place"
+        raise OSError(error.errno, words, error.filename) from error
     status = os.fstat(fd)
     reason = None
     if status.st_uid != os.geteuid():
-        reason = f"it belongs to uid {status.st_uid}, not to us (uid {os.geteuid()})"
+        reason = f"it belongs to uid {status.st_uid}, not to us (uid {os.geteuid()}); cure: chown"
     elif status.st_mode & 0o022:
         reason = f"others may write to it (mode {status.st_mode & 0o777:04o}); cure: chmod 700"
     if reason is not None:
