@@ -56,10 +56,12 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the table for docs/reliability.md")
     options = parser.parse_args()
     wanted = [one for one in CLASSES if not options.only or one.module in options.only]
-    rows = [
-        (one, tallied(one, one.quick if options.quick else one.full, options.seed))
-        for one in wanted
-    ]
+    rows = []
+    for one in wanted:
+        tally = tallied(one, one.quick if options.quick else one.full, options.seed)
+        count = sum(map(len, tally.wrong.values()))
+        sys.stderr.write(f"{tally.drill}: {tally.cases:,} cases, {count} wrong\n")
+        rows.append((one, tally))
     show(rows)
     if options.json:
         report = [asdict(tally) | one._asdict() for one, tally in rows]

@@ -154,9 +154,10 @@ def _damaged(rng: random.Random, number: int) -> tuple[Site, Image, Harm]:
         return site, files, _flip(files, place, 1 << rng.randrange(8))
     harm = rng.choice(DAMAGES)(files, site, rng)
     if rng.random() < 0.2:
-        # Two may open what each alone leaves shut, so any page may be lost.
         more = rng.choice(DAMAGES)(files, site, rng)
-        refuse = harm.may_refuse or more.may_refuse
+        words = f"{harm.words} {more.words}"
+        refuse = harm.may_refuse or more.may_refuse  # or a segment says what is here:
+        refuse |= "manifest" in words and "forged segment" in words
         return site, files, Harm(f"{harm.words}, then {more.words}", None, refuse)
     return site, files, harm
 
