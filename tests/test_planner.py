@@ -12,7 +12,7 @@ from tierkv.core.tier import TierId
 from tierkv.core.transfer import Outcome, Urgency
 from tierkv.plan import events as ev
 from tierkv.plan.event_log import entry_line, head_line, replay
-from tierkv.plan.planner import Planner
+from tierkv.plan.planner import Located, Planner
 from tierkv.plan.spec import NamespaceSpec, PlanSpec, TierPlan
 
 CHAINS = {
@@ -108,8 +108,12 @@ class World:
 
     def read(self, grant: ev.Grant) -> list[bytes]:
         """The bytes a reader of this lease would see, as keys."""
+        return self.read_parts(self.planner.located(grant.lease))
+
+    def read_parts(self, parts: list[Located]) -> list[bytes]:
+        """The bytes that lie there now, as keys."""
         seen: list[bytes] = []
-        for part in self.planner.located(grant.lease):
+        for part in parts:
             size = self.spec.tiers[part.tier].page_blocks
             for span in part.spans:
                 assert span.index == len(seen)
@@ -362,6 +366,69 @@ def test_recovery_keeps_reachable_blocks_and_the_newest_copy() -> None:
     orphan.planner.check()
 
 
+def test_a_block_that_came_up_elsewhere_meanwhile_is_not_what_a_lease_holds() -> None:
+    """Its copy there is not pinned: it may go while the reader copies."""
+    world = World(spec_of(host=3, cold=8, device=2, page_blocks=1))
+    world.put([1])
+    world.land_all()
+    for n in range(2, 8):  # out of both memory tiers
+        world.put([n])
+        world.land_all()
+    grant = world.acquire([1])
+    assert grant.count == 1
+    assert grant.waits
+    world.put([1])  # by another client, to the device
+
+    (number,) = grant.waits
+    world.land(number)
+    (part,) = world.planner.located(grant.lease)
+    assert part.tier is TierId.HOST
+    assert world.read_parts([part]) == CHAINS["default"].of_tokens([1])
+
+
+def test_a_block_that_did_not_arrive_is_not_the_one_that_got_its_id() -> None:
+    world = World(spec_of(host=2, cold=8, page_blocks=1))
+    for n in range(1, 5):
+        world.put([n])
+        world.land_all()
+    keys = CHAINS["default"].of_tokens([1])
+    (block,) = world.planner.index.match(keys)
+    grant = world.acquire([1])
+    (number,) = grant.waits
+    world.land(number, ok=False)
+    for n in range(9, 12):  # one takes the id, and the place that is pinned for the lease
+        world.put([n])
+        world.land_all()
+    assert world.planner.index.is_known(block)
+
+    assert world.planner.located(grant.lease) == []
+    world.handle(ev.Release(grant.lease))
+
+
+def test_a_flush_brings_down_what_only_the_device_has() -> None:
+    """Host memory dropped it, as the disk refused it and room was wanted."""
+    world = World(spec_of(host=1, cold=4, device=4, page_blocks=1))
+    world.put([1])
+    world.land(next(iter(world.flights)), ok=False)  # its write-back
+    world.put([2])  # takes its place in host memory once another write has failed
+    world.land(next(iter(world.flights)), ok=False)
+    world.put([2])
+    while world.flights:
+        world.land(next(iter(world.flights)), ok=False)
+    (block,) = world.planner.index.match(CHAINS["default"].of_tokens([1]))
+    movement = world.planner.movement
+    assert movement.stranded() == [block]
+    assert block in movement.unsaved()
+    left = movement.moves_to_save({block: movement.index.key(block)})
+    assert left == 2
+
+    for _ in range(4):
+        world.handle(ev.Flush())
+        world.land_all()
+    assert movement.stranded() == []
+    assert movement.unsaved() == {}
+
+
 def test_ttl_and_forget_drop_blocks_and_pins_keep_them() -> None:
     world = World(spec_of(host=1, cold=0))
     keys = list(CHAINS["default"].of_tokens([1, 2]))
@@ -431,6 +498,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def begin(self, host: int, cold: int, device: int, page_blocks: int, quota: int | None) -> None:
         self.world = World(spec_of(host, cold, device, page_blocks, quota))
         self.grants: list[tuple[ev.Grant, list[int], str]] = []
+        self.parts: dict[int, list[Located]] = {}  # what a reader was told, by lease
 
     @rule(tokens=tokens, namespace=spaces, first=st.integers(0, 3), ok=st.sampled_from([1, 1, 0]))
     def put(self, tokens: list[int], namespace: str, first: int, ok: int) -> None:
@@ -494,6 +562,9 @@ class PlannerMachine(RuleBasedStateMachine):
             assert seen == keys[: len(seen)]
             if all(number not in self.world.flights for number in grant.waits):
                 assert len(seen) <= grant.count
+                told = self.parts.setdefault(grant.lease, self.world.planner.located(grant.lease))
+                held = self.world.read_parts(told)
+                assert held == keys[: len(held)], "what a reader was told is not there any more"
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):

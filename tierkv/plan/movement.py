@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from tierkv.core.keys import BlockKey
 from tierkv.core.stats import Stats
 from tierkv.core.tier import BlockLabel, PageLabel, Span, TierId
 from tierkv.core.transfer import Move, Outcome, Transfer, Urgency
@@ -270,9 +271,45 @@ class Movement(Room):
                 flight.cancelled = True
                 out.append(Cancel(number))
 
-    def write_backs(self) -> list[int]:
-        """Transfers to the cold tier that have not ended."""
-        return [n for n, f in self.flights.items() if f.transfer.target is TierId.COLD]
+    def unsaved(self) -> dict[int, BlockKey]:
+        """Blocks that were put and that the cold tier lacks, with their keys."""
+        host, cold = self.tables[TierId.HOST], self.tables[TierId.COLD]
+        blocks = [b for page in self.dirty for b in host.blocks_in(page)]
+        blocks = [b for b in blocks if host.ready[b] >= 0 > cold.ready[b]] + self.stranded()
+        for number in self.going_down():
+            blocks += [b for arriving in self.flights[number].arriving for b in arriving]
+        return {b: self.index.key(b) for b in blocks}
+
+    def moves_to_save(self, blocks: Mapping[int, BlockKey]) -> int:
+        """How many moves of a block are left until all of `blocks` are in the cold tier."""
+        host, cold = self.tables[TierId.HOST].place, self.tables[TierId.COLD].ready
+        names = self.index.names
+        lacking = [b for b, key in blocks.items() if not (names(b, key) and cold[b] >= 0)]
+        return sum(1 if host[b] >= 0 else 2 for b in lacking)
+
+    def stranded(self) -> list[int]:
+        """Blocks that only the device has: host memory dropped them, as the disk refused them."""
+        device = self.tables.get(TierId.DEVICE)
+        if device is None:
+            return []
+        ready, host, cold = device.ready, self.tables[TierId.HOST], self.tables[TierId.COLD]
+        blocks = [b for b in device.block_at if b >= 0 and ready[b] >= 0]
+        return [b for b in blocks if host.place[b] < 0 and cold.place[b] < 0]
+
+    def rescue(self, now_ns: int, out: Out) -> None:
+        """Start copying what is stranded to host memory, as far as there is room."""
+        stranded = self.stranded()
+        if stranded:
+            device = self.tables[TierId.DEVICE]
+            owner_of = [device.pool.owner[device.place[b] // device.page_blocks] for b in stranded]
+            for owner in dict.fromkeys(owner_of):
+                blocks = [b for b, name in zip(stranded, owner_of, strict=True) if name == owner]
+                self.copy(blocks, TierId.DEVICE, TierId.HOST, Urgency.DEMOTE, now_ns, out)
+
+    def going_down(self) -> list[int]:
+        """Transfers to a lower tier that have not ended."""
+        transfers = ((number, flight.transfer) for number, flight in self.flights.items())
+        return [number for number, transfer in transfers if transfer.target > transfer.source]
 
     def _label(self, namespace: str, offsets: Mapping[int, int]) -> PageLabel:
         index, root = self.index, self._roots[namespace]

@@ -53,9 +53,10 @@ class Ticket:
 
 @dataclass(slots=True)
 class LeaseRecord:
-    """Blocks handed to a reader, and every pin taken for it."""
+    """Blocks handed to a reader, their keys, and every pin taken for it."""
 
     blocks: list[int]
+    keys: Sequence[BlockKey]
     pins: list[tuple[TierId, int]]
     namespace: str
     ready: list[Located] | None = None
@@ -142,16 +143,23 @@ class Planner:
         return next((t for t in self.tables if self.tables[t].ready[block] >= 0), None)
 
     def located(self, lease: int) -> list[Located]:
-        """Where the leased blocks are, in order, up to the first that did not arrive."""
+        """Where the leased blocks are, in order, up to the first that did not arrive.
+
+        Only what the lease has pinned counts: a copy that came up elsewhere meanwhile may go again.
+        And a block that did not arrive may be forgotten by now, its id given to another.
+        """
         record = self.leases[lease]
         if record.ready is not None:
             return record.ready
+        pinned = set(record.pins)
         found: list[Located] = []
         places: list[int] = []
         current: TierId | None = None
         start = 0
-        for number, block in enumerate(record.blocks):
-            tier = next((t for t in _MEMORY if self._ready(t, block) >= 0), None)
+        for number, (block, key) in enumerate(zip(record.blocks, record.keys, strict=False)):
+            tier = None
+            if self.index.names(block, key):
+                tier = next((t for t in _MEMORY if self._is_pinned(t, block, pinned)), None)
             if tier != current or tier is None:
                 if current is not None:
                     found.append(self._locate(current, places, start))
@@ -166,6 +174,11 @@ class Planner:
     def _locate(self, tier: TierId, places: list[int], start: int) -> Located:
         spans = self.tables[tier].spans_of(places)
         return Located(tier, [s._replace(index=s.index + start) for s in spans] if start else spans)
+
+    def _is_pinned(self, tier: TierId, block: int, pinned: set[tuple[TierId, int]]) -> bool:
+        """Whether a block is readable in a tier, in one of these pages."""
+        place = self._ready(tier, block)
+        return place >= 0 and (tier, place // self.tables[tier].page_blocks) in pinned
 
     def _ready(self, tier: TierId, block: int) -> int:
         table = self.tables.get(tier)
@@ -246,7 +259,7 @@ class Planner:
             if places and min(places) >= 0:
                 self._grant_host(blocks, places, event.namespace, now_ns, out)
                 return
-        self._grant_mixed(blocks, event.namespace, now_ns, out)
+        self._grant_mixed(blocks, keys[event.first :], event.namespace, now_ns, out)
 
     def _grant_host(
         self, blocks: list[int], places: list[int], namespace: str, now_ns: int, out: Out
@@ -256,7 +269,7 @@ class Planner:
         pins = self._host.pins
         for span in spans:
             pins[span.page] += 1
-        record = LeaseRecord(blocks, [(TierId.HOST, span.page) for span in spans], namespace)
+        record = LeaseRecord(blocks, (), [(TierId.HOST, span.page) for span in spans], namespace)
         record.ready = [Located(TierId.HOST, spans)]
         self._hits(TierId.HOST, len(blocks))
         self._settle(record, [], len(blocks), now_ns, out)
@@ -265,9 +278,11 @@ class Planner:
         amount = blocks * self.spec.block_tokens
         self.stats.add("tierkv_hit_tokens_total", amount, tier.label)
 
-    def _grant_mixed(self, blocks: list[int], namespace: str, now_ns: int, out: Out) -> None:
+    def _grant_mixed(
+        self, blocks: list[int], keys: Sequence[BlockKey], namespace: str, now_ns: int, out: Out
+    ) -> None:
         """Some of the wish must be brought to memory: start that, and grant what will be there."""
-        wish = self._wish(blocks, namespace)
+        wish = self._wish(blocks, keys, namespace)
         movement, waits = self.movement, wish.waits
         for number in waits:  # before anything below calls off what nobody waits for
             if movement.flights[number].urgency is not Urgency.DEMAND:
@@ -285,15 +300,15 @@ class Planner:
             # a transfer is under way it may make room instead, and the reader asks again.
             for tier, page in wish.record.pins:
                 movement.unpin(tier, page)
-            self._grant_mixed(blocks[: len(wish.sources) // 2], namespace, now_ns, out)
+            self._grant_mixed(blocks[: len(wish.sources) // 2], keys, namespace, now_ns, out)
             return
         for tier, blocks_of in Counter(wish.sources[:count]).items():
             self._hits(tier, blocks_of)
         self._settle(wish.record, list(waits), count, now_ns, out)
 
-    def _wish(self, blocks: list[int], namespace: str) -> _Wish:
+    def _wish(self, blocks: list[int], keys: Sequence[BlockKey], namespace: str) -> _Wish:
         """Pin what is in memory or on its way there, and list the cold pages that are not."""
-        wish = _Wish(LeaseRecord([], [], namespace))
+        wish = _Wish(LeaseRecord([], keys, [], namespace))
         host, size = self._host, self._host.page_blocks
         for block in blocks:
             tier = self.tier_of(block)
@@ -390,6 +405,7 @@ class Planner:
         if TierId.COLD in self.tables:
             pages = sorted(self.movement.dirty)
             self.movement.write_back(pages, Urgency.DEMOTE, now_ns, out)
+            self.movement.rescue(now_ns, out)
 
     def _syncing(self, event: ev.Syncing, now_ns: int, out: Out) -> None:
         self.tables[TierId.COLD].sync_begun = event.number

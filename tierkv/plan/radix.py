@@ -67,6 +67,11 @@ class RadixIndex:
         """Whether this id names a block now."""
         return self._node_of[block] is not None
 
+    def names(self, block: int, key: BlockKey) -> bool:
+        """Whether this id names that key now: an id outlives its block."""
+        node = self._node_of[block]
+        return node is not None and node.keys[self._position[block]] == key
+
     def key(self, block: int) -> BlockKey:
         """The key of a known block."""
         return self._node(block).keys[self._position[block]]
