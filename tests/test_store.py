@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from tierkv.config import Config
 from tierkv.core.errors import ConfigError, GeometryMismatch, StoreClosed
 from tierkv.core.geometry import KVGeometry, Layout
+from tierkv.plan import events as ev
 from tierkv.plan.event_log import replay
 from tierkv.store import Hint, HintKind, Store
 from tierkv.testing.files import Fault, FaultyFiles, MemoryFiles
@@ -396,6 +398,48 @@ def test_a_failed_sync_is_reported_and_not_trusted(tmp_path: Path) -> None:
         assert np.array_equal(read_all(store, tokens_of(20)), data)
         assert store.flush()
         store.check()
+
+
+def test_a_flush_does_not_count_what_another_has_only_begun() -> None:
+    """Found by the drill of interleavings: a page on its way is not dirty, and not durable."""
+    config = config_of(Path("nowhere"))
+    disk = MemoryFiles(Path("disk"))
+    files = FaultyFiles(disk)
+    store = Store.open(config, layout_of(config), files_for=lambda _root: files)
+    page = store.plan.warm_page_blocks
+    tokens = tokens_of(page)
+    assert store.put(tokens, bytes_of(store, page)) == page  # a full page: written behind
+    while store.step() or store._runtime.planner.movement.flights:
+        time.sleep(0.001)
+    assert store.put(tokens_of(1, seed=9), bytes_of(store, 1)) == 1
+
+    def fails(_number: int, operation: str) -> Fault | None:
+        if operation == "sync":  # another flush begins, and its write will fail as well
+            with store._runtime.lock:
+                store._runtime.handle(ev.Flush())
+        return Fault.EIO if operation == "write" else None
+
+    files.schedule = fails
+    assert not store.flush()
+    files.schedule = None
+    assert store.flush()
+    abandon(store)
+
+
+def test_a_flush_waits_for_those_who_put_beside_it() -> None:
+    """Not for what they put, but its own blocks may share a page with theirs."""
+    config = config_of(Path("nowhere"))
+    disk = MemoryFiles(Path("disk"))
+    with Store.open(config, layout_of(config), files_for=lambda _root: disk) as store:
+        assert store.put(tokens_of(1), bytes_of(store, 1)) == 1
+        (fill,) = store._runtime.handle(
+            ev.Put(list(store.keys(tokens_of(1, seed=1))), 0, "default")
+        )
+        assert isinstance(fill, ev.Fill)
+        timer = threading.Timer(0.05, store._runtime.handle, [ev.Filled(fill.ticket, True)])
+        timer.start()
+        assert store.flush()
+        timer.join()
 
 
 @pytest.mark.asyncio

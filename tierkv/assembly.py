@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tierkv.config import Config
-from tierkv.core.errors import ConfigError, TierFailed
+from tierkv.core.errors import ConfigError, TierFailed, TierKVError
 from tierkv.core.geometry import Layout, PagePlan
 from tierkv.core.keys import KeyChain
 from tierkv.core.tier import RecoveredPage, TierId
@@ -57,7 +57,7 @@ class Parts:
             if tier is not None:
                 try:
                     tier.close()
-                except TierFailed as error:
+                except TierKVError as error:
                     logger.warning("close failed error=%s", error)
         if self.files is not None:
             self.files.shutdown()

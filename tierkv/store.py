@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from tierkv.assembly import FilesFor, Parts, StagingFor, assemble
 from tierkv.config import Config
-from tierkv.core.errors import ConfigError, TierFailed
+from tierkv.core.errors import ConfigError, TierKVError
 from tierkv.core.geometry import Layout
 from tierkv.core.keys import BlockKey, Tokens
 from tierkv.memory import Memory, Rows
@@ -32,6 +32,9 @@ from tierkv.runtime import Runtime
 __all__ = ["Hint", "HintKind", "Lease", "Match", "Store"]
 
 logger = logging.getLogger(__name__)
+
+#: How soon a flush looks again at a page that somebody copies into.
+_FILL_S: Final = 0.5e-3
 
 
 class Store:
@@ -202,41 +205,53 @@ class Store:
     def flush(self, *, deadline_s: float | None = None) -> bool:
         """Make everything that was put before durable in the cold tier; False if that failed.
 
-        Without a cold tier there is no place to be durable in: True only if nothing is stored.
+        It fails where the disk refuses, or where the tier cannot hold all of it. Without a cold
+        tier there is no place to be durable in: True only if nothing is stored.
         """
         if deadline_s is None:
             deadline_s = self.config.transfer.flush_deadline_ms / 1e3
         deadline = time.monotonic() + deadline_s
         runtime = self._runtime
-        dirty = runtime.planner.movement.dirty
+        movement = runtime.planner.movement
         if self._cold is None:
             return not len(runtime.planner.index)
         runtime.engine.breaker.try_now()
-        left: int | None = None
+        with runtime.lock:
+            runtime.pump()
+            wanted = movement.unsaved()
+        before: int | None = None
         while True:
             with runtime.lock:
                 runtime.pump()
-                if left is not None and len(dirty) >= left:
-                    break  # what was tried did not land: the disk refuses
-                left = len(dirty) or None
+                left = movement.moves_to_save(wanted)
+                if not left or (before is not None and left >= before):
+                    break  # all is there, or what was tried did not land: the disk refuses
                 runtime.handle(ev.Flush())
-                pending = runtime.planner.movement.write_backs()
-            if not pending:
+                pending = movement.going_down()
+                is_filling = bool(runtime.planner.tickets)
+            if pending:
+                before = left
+                if not runtime.wait(pending, deadline):
+                    return False
+            elif is_filling and time.monotonic() < deadline:
+                time.sleep(_FILL_S)  # somebody copies blocks into such a page
+            else:
                 break
-            if not runtime.wait(pending, deadline):
-                return False
-        return self._sync() and not dirty
+        return self._sync(wanted)
 
-    def _sync(self) -> bool:
+    def _sync(self, wanted: Mapping[int, BlockKey]) -> bool:
+        """Sync the cold tier; whether these blocks are durable now."""
         assert self._cold is not None
         runtime = self._runtime
         with runtime.lock:
             self._syncs += 1
             number = self._syncs
+            # Now, as the sync covers only what is there when it begins.
+            is_there = not runtime.planner.movement.moves_to_save(wanted)
             runtime.handle(ev.Syncing(number))
         try:
             self._cold.sync()
-        except TierFailed as error:
+        except TierKVError as error:
             logger.warning("sync failed, unsynced pages are forgotten error=%s", error)
             lost = sorted(self._cold.distrusted)
             with runtime.lock:
@@ -244,14 +259,14 @@ class Store:
             return False
         with runtime.lock:
             runtime.handle(ev.Synced(number))
-        return True
+        return is_there
 
     def _erase(self, instructions: Iterable[ev.AnyInstruction]) -> None:
         for item in instructions:
             if isinstance(item, ev.Erase) and self._cold is not None:
                 try:
                     self._cold.erase(item.pages)
-                except TierFailed as error:
+                except TierKVError as error:
                     logger.warning("erase failed pages=%d error=%s", len(item.pages), error)
                 with self._runtime.lock:
                     self._runtime.handle(ev.Erased(item.pages))
