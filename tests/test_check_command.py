@@ -6,26 +6,29 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import pytest
 
-from tierkv import cli
-from tierkv.config import Config
+from tests.cold_directories import (
+    HEADER,
+    NAMESPACES,
+    SLOT,
+    fill,
+    flip,
+    flip_page,
+    open_store,
+    run_command,
+    slot_of,
+    tokens_of,
+)
 from tierkv.core.errors import ConfigError
-from tierkv.core.geometry import KVGeometry, Layout
 from tierkv.store import Store
 from tierkv.testing.store import abandon
-from tierkv.tiers.segment_format import page_header_bytes
 from tierkv.tiers.segment_io import Fault, SegmentIO, Wanted
 from tierkv.upkeep.report import examine
-
-GEOMETRY = KVGeometry(layers=3, kv_heads=2, head_dim=16, dtype="float16")
-PAGES = {"hot": "1KiB", "warm": "32KiB", "cold": "128KiB"}
 
 Command: TypeAlias = Callable[..., "Result"]
 #: A layout's part of the JSON.
@@ -46,54 +49,18 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     monkeypatch.setenv("COLUMNS", "300")
 
     def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
+        code = run_command(*arguments)
         out, err = capsys.readouterr()
-        code = caught.value.code
         assert "Traceback" not in out + err
-        return Result(code if isinstance(code, int) else int(code is not None), out, err)
+        return Result(code, out, err)
 
     return run
-
-
-def config_of(directory: Path) -> Config:
-    tiers = {
-        "host": {"capacity": "512KiB"},
-        "device": {"capacity": 0, "device": "cpu"},
-        "cold": {
-            "capacity": "4MiB",
-            "directory": str(directory),
-            "segment_cold_pages": 2,
-            "threads": 2,
-        },
-    }
-    spaces: dict[str, dict[str, str]] = {"default": {}, "tenant": {"salt": "s"}}
-    return Config.model_validate({"pages": PAGES, "tiers": tiers, "namespaces": spaces})
-
-
-def layout_of(config: Config, model: str = "m") -> Layout:
-    return Layout(GEOMETRY, targets=config.pages.targets, model=model)
-
-
-def tokens_of(blocks: int, seed: int) -> list[int]:
-    return [int(n) for n in np.random.default_rng(seed).integers(0, 1000, blocks * 16)]
-
-
-def fill(store: Store, blocks: int = 40) -> None:
-    for seed, name in enumerate(("default", "tenant")):
-        shape = (store.plan.layers, blocks, store.plan.block_layer_bytes)
-        data = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-        store.put(tokens_of(blocks, seed), data, namespace=name)
-    assert store.flush()
 
 
 @pytest.fixture
 def cold(tmp_path: Path) -> Path:
     """A cold directory with one layout, closed cleanly."""
-    config = config_of(tmp_path / "cold")
-    with Store.open(config, layout_of(config)) as store:
-        fill(store)
+    fill(tmp_path / "cold", 40, namespaces=NAMESPACES)
     return tmp_path / "cold"
 
 
@@ -111,23 +78,6 @@ def state_of(directory: Path) -> dict[str, tuple[str, int, int, int]]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         found[str(path)] = (digest, status.st_mtime_ns, status.st_mode, status.st_ctime_ns)
     return found
-
-
-HEADER = page_header_bytes(5)
-SLOT = HEADER + 32768
-
-
-def flip(path: Path, offset: int, mask: int = 1) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ mask]))
-
-
-def slot_of(folder: Path, page: int) -> tuple[Path, int]:
-    """The file of a page and where in it the page's header begins: 8 pages a segment."""
-    return folder / f"segment-{page // 8:08d}.tkv", 4096 + page % 8 * SLOT
 
 
 @pytest.fixture
@@ -182,6 +132,7 @@ def test_the_json_has_these_keys(cold: Path, command: Command, tmp_path: Path) -
     assert set(whole["layouts"][0]) == {
         "directory", "fingerprint", "store_id", "clean_stop", "segments", "disk_bytes",
         "warm_page_bytes", "pages", "pages_free", "recovery", "namespaces", "flaws",
+        "protection", "key_used",
     }  # fmt: skip
 
 
@@ -192,9 +143,7 @@ def test_a_report_that_cannot_be_written_is_two(cold: Path, command: Command) ->
 
 
 def test_two_layouts_are_both_reported(cold: Path, command: Command) -> None:
-    config = config_of(cold)
-    with Store.open(config, layout_of(config, "other")) as store:
-        fill(store, 10)
+    fill(cold, 10, model="other")
     done = command("check", cold, "--deep")
     assert done.code == 0
     assert all(str(folder) in done.out for folder in cold.iterdir())
@@ -207,8 +156,7 @@ def test_every_flipped_payload_is_named_with_file_and_page(
     count = pages_in(folder, report_of)
     assert count > 8
     for page in range(count):
-        file, offset = slot_of(folder, page)
-        flip(file, offset + HEADER + 997 * page, 1 << page % 8)
+        flip_page(folder, page, HEADER + 997 * page, 1 << page % 8)
     assert report_of(folder, code=0)["flaws"] == []  # payloads are not read
     found = report_of(folder, "--deep", code=1)
     named = {(flaw["file"], flaw["page"]) for flaw in found["flaws"]}
@@ -222,10 +170,10 @@ def test_every_flipped_payload_is_named_with_file_and_page(
 
 @pytest.mark.parametrize("at", [0, 20, 24, 33, 50, 90, 100, 160, 2000, HEADER - 20, HEADER - 1])
 def test_a_flipped_header_is_dropped_and_named(folder: Path, report_of: Reporter, at: int) -> None:
-    file, offset = slot_of(folder, 3)
-    flip(file, offset + at)
+    flip_page(folder, 3, at)
     found = report_of(folder, code=1)
     (flaw,) = found["flaws"]
+    file, _ = slot_of(folder, 3)
     assert (flaw["file"], flaw["page"], flaw["weight"]) == (file.name, 3, "damage")
     assert "page 3" in flaw["what"]
     assert not flaw["blocks_lost_is_exact"]
@@ -247,12 +195,11 @@ def test_a_page_in_the_wrong_slot_is_named(folder: Path, report_of: Reporter) ->
 def test_what_check_says_of_the_next_start_is_what_it_finds(
     cold: Path, folder: Path, report_of: Reporter, page: int
 ) -> None:
-    flip(slot_of(folder, page)[0], slot_of(folder, page)[1] + 40)
+    flip_page(folder, page, 40)
     flip(folder / "segment-00000001.tkv", 100)
     flip(folder / "manifest", 5)
     foretold = report_of(folder, code=1)
-    config = config_of(cold)
-    with Store.open(config, layout_of(config)) as store:
+    with open_store(cold) as store:
         stored = store.snapshot()["tiers"]["cold,blocks"]
     assert stored < 80
     # Without the tenant's salt nobody can tell its root from the key of a block that is lost.
@@ -267,15 +214,11 @@ def test_what_check_says_of_the_next_start_is_what_it_finds(
 def test_blocks_behind_a_lost_page_are_counted_as_the_store_does(
     tmp_path: Path, report_of: Reporter, page: int
 ) -> None:
-    config = config_of(tmp_path / "one")
-    with Store.open(config, layout_of(config)) as store:
-        shape = (store.plan.layers, 40, store.plan.block_layer_bytes)
-        store.put(tokens_of(40, 0), np.zeros(shape, np.uint8))
-        assert store.flush()
+    fill(tmp_path / "one", 40)
     (folder,) = (tmp_path / "one").iterdir()
-    flip(slot_of(folder, page)[0], slot_of(folder, page)[1] + 40)
+    flip_page(folder, page, 40)
     foretold = report_of(folder, code=1)["recovery"]
-    with Store.open(config, layout_of(config)) as store:
+    with open_store(tmp_path / "one") as store:
         stored = store.snapshot()["tiers"]["cold,blocks"]
     assert foretold["blocks_kept_is_exact"] is (page != 0)
     if page != 0:
@@ -383,8 +326,7 @@ def test_stray_files_are_notes_and_cost_nothing(folder: Path, report_of: Reporte
 
 
 def test_an_unclean_stop_is_a_note(cold: Path, folder: Path, report_of: Reporter) -> None:
-    config = config_of(cold)
-    abandon(Store.open(config, layout_of(config)))
+    abandon(open_store(cold))
     found = report_of(folder, "--deep", code=0)
     assert not found["clean_stop"]
     assert [f["weight"] for f in found["flaws"]] == ["note"]
@@ -489,8 +431,7 @@ def test_a_mistake_is_two_and_a_word_and_changes_nothing(
 
 @pytest.fixture
 def running(cold: Path) -> Iterator[Store]:
-    config = config_of(cold)
-    with Store.open(config, layout_of(config)) as store:
+    with open_store(cold) as store:
         yield store
 
 
@@ -507,6 +448,5 @@ def test_a_running_store_is_left_alone(
 
 def test_a_store_starts_after_a_check(cold: Path, command: Command) -> None:
     assert command("check", cold, "--deep").code == 0
-    config = config_of(cold)
-    with Store.open(config, layout_of(config)) as store:
+    with open_store(cold) as store:
         assert store.match(tokens_of(40, 0)).blocks == 40

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,42 +11,21 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tierkv import cli
-from tierkv.config import Config
-from tierkv.core.geometry import KVGeometry, Layout
-from tierkv.store import Store
+from tests.cold_directories import (
+    HEADER,
+    fill,
+    flip_page,
+    open_store,
+    run_command,
+    tokens_of,
+)
 from tierkv.testing.files import FaultyFiles
 from tierkv.tiers import segment_io
 from tierkv.tiers.files.portable import PortableFiles
-from tierkv.tiers.segment_format import page_header_bytes
 from tierkv.tiers.segments import SegmentTier
 from tierkv.upkeep import DrillKind
 from tierkv.upkeep.drill import COPY_PREFIX, Outcome, run_drill
-
-GEOMETRY = KVGeometry(layers=3, kv_heads=2, head_dim=16, dtype="float16")
-HEADER = page_header_bytes(5)
-SLOT = HEADER + 32768
-
-
-def open_store(directory: Path, model: str = "m") -> Store:
-    pages = {"hot": "1KiB", "warm": "32KiB", "cold": "128KiB"}
-    cold = {"capacity": "4MiB", "directory": str(directory), "segment_cold_pages": 2}
-    tiers = {
-        "host": {"capacity": "512KiB"},
-        "device": {"capacity": 0, "device": "cpu"},
-        "cold": cold,
-    }
-    config = Config.model_validate({"pages": pages, "tiers": tiers})
-    return Store.open(config, Layout(GEOMETRY, targets=config.pages.targets, model=model))
-
-
-def fill(directory: Path, blocks: int = 60, model: str = "m") -> None:
-    with open_store(directory, model) as store:
-        rng = np.random.default_rng(blocks)
-        shape = (store.plan.layers, blocks, store.plan.block_layer_bytes)
-        tokens = [int(n) for n in rng.integers(0, 1000, blocks * 16)]
-        store.put(tokens, rng.integers(0, 256, shape, dtype=np.uint8))
-        assert store.flush()
+from tierkv.upkeep.report import examine
 
 
 @pytest.fixture
@@ -61,27 +39,6 @@ def cold(tmp_path: Path) -> Path:
 def folder(cold: Path) -> Path:
     (found,) = cold.iterdir()
     return found
-
-
-def slot_of(folder: Path, page: int) -> tuple[Path, int]:
-    """The file of a page and where in it the page's header begins: 8 pages a segment."""
-    return folder / f"segment-{page // 8:08d}.tkv", 4096 + page % 8 * SLOT
-
-
-def flip(folder: Path, page: int, at: int) -> None:
-    path, offset = slot_of(folder, page)
-    data = bytearray(path.read_bytes())
-    data[offset + at] ^= 1
-    path.write_bytes(data)
-
-
-def run_command(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 KINDS = list(DrillKind)
@@ -131,8 +88,8 @@ def test_a_dead_disk_is_misses_and_comes_back(cold: Path, count: int) -> None:
 
 
 def test_what_was_damaged_before_is_left_out(cold: Path, folder: Path) -> None:
-    flip(folder, 3, HEADER + 7)
-    flip(folder, 5, 30)
+    flip_page(folder, 3, HEADER + 7)
+    flip_page(folder, 5, 30)
     for kind in KINDS:
         found = drilled(cold, kind, count=100)
         assert (found.pages, found.damaged_before, found.held) == (10, 2, True)
@@ -199,12 +156,106 @@ def test_unharmed_pages_that_are_not_served_are_told(
 def test_the_command_says_what_held(
     cold: Path, kind: DrillKind, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fill(cold, 20, "other")
+    fill(cold, 20, model="other")
     assert run_command("drill", kind.value, cold, "--seed", 7) == 0
     done = capfd.readouterr()
     assert done.err == ""
     assert done.out.count("held: every fault was noticed") == 2
     assert done.out.count("(seed 7)") == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_copy_is_kept_where_it_is_wanted(
+    cold: Path, kind: DrillKind, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fill(cold, 20, model="other")
+    before = state_of(cold)
+    kept = cold.parent / "away" / "broken"
+    assert run_command("drill", kind.value, cold, "--keep", kept, "--seed", 7) == 0
+    assert f"the broken copy is kept in {kept}" in capfd.readouterr().out
+    assert state_of(cold) == before
+    assert {path.name for path in kept.iterdir()} == {path.name for path in cold.iterdir()}
+    assert list(kept.parent.iterdir()) == [kept]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in kept.rglob("*"))
+    assert list(cold.glob(f"{COPY_PREFIX}*")) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_kept_copy_has_the_damage_that_was_made(cold: Path, folder: Path, seed: int) -> None:
+    kept = cold.parent / "broken"
+    (found,) = run_drill(cold, DrillKind.CORRUPT, seed=seed, count=4, keep=kept)
+    assert found.held
+    (report,) = examine(kept, deep=True)
+    assert len(report.damage) == 4
+    assert report.directory == kept / folder.name
+    (whole,) = examine(cold, deep=True)
+    assert whole.damage == []
+    # A store on it gives what was put, or fewer blocks, and takes the rest anew.
+    (expected,) = blocks_of(cold)
+    blocks = expect_right(kept)
+    assert blocks < expected
+    fill(kept)
+    assert expect_right(kept) == expected
+
+
+def blocks_of(cold: Path) -> list[int]:
+    with open_store(cold) as store:
+        return [store.match(tokens_of(60, 0)).blocks]
+
+
+def expect_right(cold: Path) -> int:
+    """How many blocks a store gives; each byte of them is the one that was put."""
+    with open_store(cold) as store:
+        shape = (store.plan.layers, 60, store.plan.block_layer_bytes)
+        data = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        out = np.empty_like(data)
+        blocks = store.get(store.match(tokens_of(60, 0)), out)
+        assert np.array_equal(out[:, :blocks], data[:, :blocks])
+        return blocks
+
+
+@pytest.mark.parametrize("kind", [DrillKind.ENOSPC, DrillKind.KILL_DISK])
+def test_the_kept_copy_is_as_the_fault_left_it(cold: Path, kind: DrillKind) -> None:
+    kept = cold.parent / "broken"
+    (found,) = run_drill(cold, kind, seed=3, count=4, keep=kept)
+    assert found.held
+    (report,) = examine(kept, deep=True)
+    assert not report.is_clean, "no start has put it right"
+    assert expect_right(kept) <= 60
+
+
+def test_one_folder_is_kept_as_one_folder(cold: Path, folder: Path) -> None:
+    kept = cold.parent / "broken"
+    (found,) = run_drill(folder, DrillKind.CORRUPT, seed=0, count=4, keep=kept)
+    assert found.held
+    (report,) = examine(kept, deep=True)
+    assert (report.directory, len(report.damage)) == (kept, 4)
+
+
+def test_what_exists_or_is_drilled_is_no_place_to_keep(
+    cold: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cold.parent / "link").symlink_to(cold.parent / "nowhere")
+    (cold.parent / "file").write_text("mine")
+    before = state_of(cold.parent)
+    places = (cold, folder, cold.parent / "link", cold.parent / "file")
+    for place, word in [*((place, "exists") for place in places), (cold / "new", "lies in")]:
+        assert run_command("drill", "corrupt", cold, "--keep", place) == 2
+        err = capsys.readouterr().err
+        assert f"--keep {place}: it {word}" in err
+        assert "cure: " in err
+    assert run_command("drill", "corrupt", cold, "--keep", cold.parent / "file" / "new") == 2
+    assert "it cannot be made" in capsys.readouterr().err
+    assert state_of(cold.parent) == before
+
+
+def test_a_drill_that_cannot_be_done_leaves_no_folder(
+    cold: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_store(cold):
+        assert run_command("drill", "corrupt", cold, "--keep", cold.parent / "a" / "new") == 2
+    assert "is in use by pid" in capsys.readouterr().err
+    assert list(cold.parent.iterdir()) == [cold]
 
 
 def test_a_copy_that_does_not_fit_is_refused(

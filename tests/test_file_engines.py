@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import sys
 import threading
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +18,7 @@ import pytest
 from tierkv.core.errors import ConfigError, TierFailed
 from tierkv.testing.file_engines import FileEngineTests, page_bytes
 from tierkv.testing.files import Fault, FaultyFiles, MemoryFiles, at_rates, from_then_on, once
-from tierkv.tiers.files import choose_engine, probe_engines
+from tierkv.tiers.files import beneath, choose_engine, probe_engines
 from tierkv.tiers.files.base import aligned_array
 from tierkv.tiers.files.direct import DirectFiles
 from tierkv.tiers.files.portable import PortableFiles
@@ -185,6 +189,114 @@ def test_a_root_that_others_may_write_to_is_refused(
     with pytest.raises(OSError, match="chmod 700"):
         engine(tmp_path)
     assert "chmod 700" in engine.probe(tmp_path)
+
+
+@pytest.mark.parametrize("has_openat2", [True, False])
+def test_a_link_beneath_the_root_is_not_followed_with_or_without_openat2(
+    real: FileEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_openat2: bool
+) -> None:
+    if has_openat2:
+        assert beneath._openat2() is not None
+    else:
+        monkeypatch.setattr(beneath, "_openat2", lambda: lambda *_asked: -errno.ENOSYS)
+    real.close(real.open("a", create=True))
+    assert (tmp_path / "root" / "a").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "root" / "b").symlink_to("a")
+    for name in ("b", "c"):
+        with pytest.raises(OSError, match=f"root/{name}") as caught:
+            real.open(name)
+        assert caught.value.errno == (errno.ELOOP if name == "b" else errno.ENOENT)
+
+
+def test_what_is_no_plain_name_is_not_opened_beneath_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "root" / "within").mkdir(parents=True)
+    (tmp_path / "root" / "within" / "up").symlink_to("..")
+    (tmp_path / "elsewhere").write_bytes(b"x")
+    at = os.open(tmp_path / "root" / "within", os.O_RDONLY)
+    for name in ("../../elsewhere", str(tmp_path / "elsewhere"), "up/../elsewhere"):
+        with pytest.raises(OSError, match=r"cross-device|symbolic links") as caught:
+            beneath.open_beneath(name, os.O_RDONLY, at)
+        assert caught.value.errno in (errno.EXDEV, errno.ELOOP)
+    os.close(at)
+
+
+@pytest.mark.parametrize("chain", [["far"], ["TOP/far"], ["../TOPNAME/far"], ["other", "far/"]])
+def test_links_of_ours_to_the_root_are_followed_one_by_one(
+    tmp_path: Path, chain: list[str]
+) -> None:
+    (tmp_path / "far").mkdir(mode=0o700)
+    for name, target in zip(("near", "other"), chain, strict=False):
+        path = target.replace("TOPNAME", tmp_path.name).replace("TOP", str(tmp_path))
+        (tmp_path / name).symlink_to(path)
+    files = PortableFiles(tmp_path / "near")
+    files.close(files.open("x", create=True))
+    files.shutdown()
+    assert (tmp_path / "far" / "x").is_file()
+
+
+def test_links_that_lead_to_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match=r"cure: .*root/../a|cure: .*'.*/a'"):
+        PortableFiles(tmp_path / "a")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's link")
+@pytest.mark.parametrize("way", ["the root becomes their link", "our link becomes theirs"])
+def test_their_link_that_comes_between_any_two_steps_of_a_start_is_not_followed(
+    tmp_path: Path, way: str
+) -> None:
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "victim").mkdir(mode=0o700)
+    victim = (tmp_path / "victim").stat()
+    refusals: list[str] = []
+    for step in count(1):
+        root = tmp_path / f"root-{step}"
+        if way == "our link becomes theirs":
+            root.symlink_to("real")
+        else:
+            root.mkdir(mode=0o700)
+        with _before_open(step, partial(_make_theirs, root, "victim")) as reached:
+            try:
+                files = PortableFiles(root)
+            except OSError as error:
+                refusals.append(str(error))
+            else:
+                assert not os.path.samestat(os.fstat(files._root_fd), victim), step
+                files.shutdown()
+        if not reached():
+            break
+    assert len(refusals) >= 2, "before the parent and before the entry itself"
+    assert all("cure: " in words for words in refusals), refusals
+    assert step >= 4, "parent, entry, directory, and the end"
+    assert list((tmp_path / "victim").iterdir()) == []
+
+
+def _make_theirs(root: Path, target: str) -> None:
+    """Put another user's link in the root's place."""
+    root.rename(root.with_name(f"{root.name}-aside"))
+    root.symlink_to(target)
+    os.chown(root, 65534, 65534, follow_symlinks=False)
+
+
+@contextmanager
+def _before_open(step: int, act: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+    """`act` just before the interpreter's `step`-th open on this thread; says whether it came."""
+    opens = iter(range(1, step + 1))
+    me = threading.get_ident()
+    came: list[int] = []
+
+    def hear(event: str, _arguments: object) -> None:
+        if event == "open" and threading.get_ident() == me and next(opens, 0) == step:
+            came.append(step)
+            act()
+
+    sys.addaudithook(hear)  # it cannot be taken away, but once `opens` is empty it does nothing
+    try:
+        yield lambda: bool(came)
+    finally:
+        for _ in opens:
+            pass
 
 
 def test_an_error_names_the_file(real: FileEngine, tmp_path: Path) -> None:

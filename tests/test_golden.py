@@ -1,7 +1,7 @@
-"""Cold directories that tierkv 0.1.0 left, read by today's code; and formats that it must refuse.
+"""Cold directories that earlier versions left, read by today's code; and formats it must refuse.
 
-How they were made is in `tests/golden/make.py`. They hold format 1 still: what is durable in them
-must be found for ever, byte for byte, or the format's number must change.
+How they were made is in `tests/golden/make.py`. They hold formats 1 and 2 still: what is durable in
+them must be found for ever, byte for byte, or the format's number must change.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
@@ -19,14 +20,19 @@ import numpy as np
 import pytest
 import xxhash
 
-from tests.golden.make import VARIANTS, Prompt, Variant, config_of, layout_of, made
+from tests.golden.make import FORMATS, Prompt, Variant, config_of, layout_of, made, write_key
 from tierkv.core.errors import TierFailed
 from tierkv.core.geometry import KVGeometry
 from tierkv.store import Store
 
 GOLDEN = Path(__file__).parent / "golden"
-INDEX: dict[str, Any] = json.loads((GOLDEN / "format_1.json").read_text(encoding="utf-8"))
+INDEX: dict[str, Any] = {
+    name: said | {"format": number}
+    for number in FORMATS
+    for name, said in json.loads((GOLDEN / f"format_{number}.json").read_text("utf-8")).items()
+}
 NAMES = sorted(INDEX)
+PROTECTED = [name for name in NAMES if "protection" in INDEX[name]]
 BYTES_MAX = 200 << 10
 
 
@@ -42,14 +48,23 @@ def extracted(name: str, directory: Path) -> Path:
     """Unpack a golden directory where a store with `directory` looks for it."""
     root = directory / INDEX[name]["fingerprint"][:16]
     root.mkdir(mode=0o700, parents=True)
-    with tarfile.open(GOLDEN / f"format_1_{name}.tar.gz") as tar:
+    with tarfile.open(GOLDEN / f"format_{INDEX[name]['format']}_{name}.tar.gz") as tar:
         tar.extractall(root, filter="data")
     return root
 
 
-def opened(name: str, directory: Path) -> Store:
+def opened(name: str, directory: Path, *, protection: str | None = None) -> Store:
+    """The store of a golden directory, or one with another protection."""
     said = INDEX[name]
-    config = config_of(directory, said["salts"], host=said["host"], cold=said["cold"])
+    chosen = said.get("protection", "none") if protection is None else protection
+    config = config_of(
+        directory,
+        said["salts"],
+        host=said["host"],
+        cold=said["cold"],
+        protection=chosen,
+        key_file=None if chosen == "none" else write_key(directory),
+    )
     return Store.open(config, layout_of(KVGeometry(**said["geometry"]), config))
 
 
@@ -143,7 +158,11 @@ def test_golden_files_are_small() -> None:
     assert sum(path.stat().st_size for path in GOLDEN.glob("format_*")) < BYTES_MAX
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant",
+    [variant for variants in FORMATS.values() for variant in variants],
+    ids=lambda variant: variant.name,
+)
 def test_the_script_still_tells_what_its_files_hold(variant: Variant) -> None:
     """Not their bytes: which of two pages is written first is for the threads to say."""
     files, said = made(variant)
@@ -154,16 +173,26 @@ def test_the_script_still_tells_what_its_files_hold(variant: Variant) -> None:
         assert said[what] == kept[what]
 
 
+@pytest.mark.parametrize("name", PROTECTED)
+def test_a_protected_directory_is_refused_without_its_protection(name: str, tmp_path: Path) -> None:
+    root = extracted(name, tmp_path)
+    before = digests(root)
+    for other in {"none", "hmac", "aes-256-gcm"} - {INDEX[name]["protection"]}:
+        with pytest.raises(TierFailed, match=f"protected by .*protection is {other}; cure: "):
+            opened(name, tmp_path, protection=other).close()
+    assert digests(root) == before
+
+
 # ---- formats of later versions, with checksums that are right
 
 
 def newer_manifest(root: Path) -> None:
     line = (root / "manifest").read_bytes().split(b"\n")[0]
-    rewrite_manifest(root, line.replace(b'"format":1', b'"format":2'))
+    rewrite_manifest(root, re.sub(rb'"format":\d', b'"format":3', line))
 
 
 def newer_manifest_with_other_fields(root: Path) -> None:
-    rewrite_manifest(root, b'{"format":2,"pages":[1,2],"store_id":7}')
+    rewrite_manifest(root, b'{"format":3,"pages":[1,2],"store_id":7}')
 
 
 def rewrite_manifest(root: Path, line: bytes) -> None:
@@ -174,8 +203,18 @@ def rewrite_manifest(root: Path, line: bytes) -> None:
 def newer_segments(root: Path) -> None:
     for path in root.glob("segment-*.tkv"):
         data = bytearray(path.read_bytes())
-        data[8:12] = struct.pack("<I", 2)
+        data[8:12] = struct.pack("<I", 3)
         data[4080:4096] = xxhash.xxh3_128_digest(bytes(data[:4080]))
+        path.write_bytes(data)
+
+
+def newer_pages(root: Path) -> None:
+    """The last page of each segment is of a later version, in a segment of this one."""
+    for path in root.glob("segment-*.tkv"):
+        data = bytearray(path.read_bytes())
+        at = data.rindex(b"TIERKVP\0")
+        data[at + 8 : at + 12] = struct.pack("<I", 3)
+        data[at + 4080 : at + 4096] = xxhash.xxh3_128_digest(bytes(data[at : at + 4080]))
         path.write_bytes(data)
 
 
@@ -189,7 +228,7 @@ def all_newer(root: Path) -> None:
     newer_manifest(root)
 
 
-@pytest.mark.parametrize("name", ["plain", "crashed"])
+@pytest.mark.parametrize("name", ["plain", "crashed", *PROTECTED])
 @pytest.mark.parametrize(
     "change",
     [
@@ -198,6 +237,7 @@ def all_newer(root: Path) -> None:
         all_newer,
         newer_segments,
         newer_segments_without_manifest,
+        newer_pages,
     ],
 )
 def test_a_newer_format_is_refused_and_nothing_of_it_changed(
@@ -206,7 +246,7 @@ def test_a_newer_format_is_refused_and_nothing_of_it_changed(
     root = extracted(name, tmp_path)
     change(root)
     before = digests(root)
-    with pytest.raises(TierFailed, match="of format 2, this version reads 1; cure: "):
+    with pytest.raises(TierFailed, match="of format 3, this version reads 1 and 2; cure: "):
         opened(name, tmp_path).close()
 
     assert digests(root) == before

@@ -9,44 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tierkv import cli
-from tierkv.config import Config
+from tests.cold_directories import HEADER, SLOT, fill, flip_page, open_store, run_command
 from tierkv.core.errors import ConfigError
-from tierkv.core.geometry import KVGeometry, Layout
-from tierkv.store import Store
-from tierkv.tiers.segment_format import page_header_bytes
 from tierkv.upkeep import scrub
 from tierkv.upkeep.pace import Pace, parse_rate
 from tierkv.upkeep.report import LayoutReport
 from tierkv.upkeep.scrub import PAUSE_SECONDS, Progress, Scrub, progress_file
-
-GEOMETRY = KVGeometry(layers=3, kv_heads=2, head_dim=16, dtype="float16")
-HEADER = page_header_bytes(5)
-SLOT = HEADER + 32768
-
-
-def open_store(directory: Path, model: str = "m") -> Store:
-    pages = {"hot": "1KiB", "warm": "32KiB", "cold": "128KiB"}
-    cold = {"capacity": "4MiB", "directory": str(directory), "segment_cold_pages": 2}
-    tiers = {
-        "host": {"capacity": "512KiB"},
-        "device": {"capacity": 0, "device": "cpu"},
-        "cold": cold,
-    }
-    config = Config.model_validate({"pages": pages, "tiers": tiers})
-    return Store.open(config, Layout(GEOMETRY, targets=config.pages.targets, model=model))
-
-
-def fill(directory: Path, blocks: int = 60, model: str = "m") -> None:
-    with open_store(directory, model) as store:
-        rng = np.random.default_rng(blocks)
-        shape = (store.plan.layers, blocks, store.plan.block_layer_bytes)
-        tokens = [int(n) for n in rng.integers(0, 1000, blocks * 16)]
-        store.put(tokens, rng.integers(0, 256, shape, dtype=np.uint8))
-        assert store.flush()
 
 
 @pytest.fixture
@@ -60,27 +30,6 @@ def cold(tmp_path: Path) -> Path:
 def folder(cold: Path) -> Path:
     (found,) = cold.iterdir()
     return found
-
-
-def slot_of(folder: Path, page: int) -> tuple[Path, int]:
-    """The file of a page and where in it the page's header begins: 8 pages a segment."""
-    return folder / f"segment-{page // 8:08d}.tkv", 4096 + page % 8 * SLOT
-
-
-def flip(folder: Path, page: int, at: int) -> None:
-    path, offset = slot_of(folder, page)
-    data = bytearray(path.read_bytes())
-    data[offset + at] ^= 1
-    path.write_bytes(data)
-
-
-def run_command(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 class Clock:
@@ -169,8 +118,8 @@ def test_no_burst_follows_a_pause() -> None:
 
 
 def test_an_interrupted_pass_goes_on_where_it_was(cold: Path, folder: Path, notes: Path) -> None:
-    flip(folder, 1, HEADER + 9)
-    flip(folder, 10, HEADER + 9)
+    flip_page(folder, 1, HEADER + 9)
+    flip_page(folder, 10, HEADER + 9)
     heard = Heard()
     headers = 16 * HEADER / RATE
     clock = interrupt_after(headers + 5 * SLOT / RATE)
@@ -194,7 +143,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(cold: Path, folder: Path, note
 
 
 def test_a_folder_that_is_done_is_not_read_again_in_the_same_pass(cold: Path, notes: Path) -> None:
-    fill(cold, 30, "other")
+    fill(cold, 30, model="other")
     heard = Heard()
 
     def at(now: float) -> None:
@@ -269,7 +218,7 @@ def test_without_once_pass_follows_pass_with_a_pause(cold: Path, folder: Path, n
         if clock.slept[-1] == PAUSE_SECONDS:
             open_store(cold).close()  # between passes the directory is free
             if len(heard.reports) == 3:
-                flip(folder, 2, HEADER)
+                flip_page(folder, 2, HEADER)
 
     clock._at = at
     assert not scrub_of(cold, notes, heard, clock).run(once=False)
@@ -282,7 +231,7 @@ def test_the_command_names_what_it_finds(
 ) -> None:
     assert run_command("scrub", cold, "--once", "--rate", "10GiB/s") == 0
     assert "ok: headers and payloads verify" in capsys.readouterr().out
-    flip(folder, 9, HEADER + 100)
+    flip_page(folder, 9, HEADER + 100)
     assert run_command("scrub", cold, "--rate", "10GiB") == 1
     out = capsys.readouterr().out
     assert "segment-00000001.tkv" in out

@@ -20,12 +20,15 @@ from tierkv.tiers.segment_format import (
     PageHeader,
     SegmentShape,
     encode_page_header,
-    encode_segment_header,
     is_blank,
     page_header_bytes,
     parse_page_header,
-    parse_segment_header,
     verify_page,
+)
+from tierkv.tiers.segment_header import (
+    SegmentHeader,
+    encode_segment_header,
+    parse_segment_header,
 )
 
 FORMAT = Path(__file__).parent / "format"
@@ -60,7 +63,7 @@ def segment_header() -> memoryview:
 def test_format_1_segment_header_is_these_bytes_for_ever() -> None:
     golden = (FORMAT / "segment_header_1.bin").read_bytes()
     assert segment_header() == golden
-    assert parse_segment_header(memoryview(golden)) == (SHAPE, 5)
+    assert parse_segment_header(memoryview(golden)) == SegmentHeader(SHAPE, 5)
 
 
 def test_format_1_page_header_is_these_bytes_for_ever() -> None:
@@ -173,7 +176,7 @@ def test_a_crafted_header_parses_to_itself_or_not_at_all(at: int, patch: bytes) 
     data[-16:] = xxhash.xxh3_128_digest(data[:-16])
     try:
         header = parse_page_header(data, SHAPE, 11)
-    except CorruptData:
+    except (CorruptData, TierFailed):  # TierFailed: another version's
         return
     again = encoded(header, PAYLOAD)
     assert again[:-32] == data[:-32]
@@ -186,12 +189,29 @@ def test_a_crafted_segment_header_parses_to_itself_or_not_at_all(at: int, patch:
     data[at : min(at + len(patch), 4096 - 16)] = patch[: 4096 - 16 - at]
     data[-16:] = xxhash.xxh3_128_digest(data[:-16])
     try:
-        shape, segment = parse_segment_header(data)
+        shape, segment, salt, tag = parse_segment_header(data)
     except (CorruptData, TierFailed):  # TierFailed: another version's
         return
+    assert salt == tag == b""  # a salt and a tag cannot be crafted in so few bytes
     again = memoryview(bytearray(4096))
     encode_segment_header(shape, segment, again)
     assert again == data
+
+
+@pytest.mark.parametrize("version", [3, 4, 2**32 - 1])
+def test_a_whole_header_of_a_later_version_is_refused_and_a_damaged_one_is_damage(
+    version: int,
+) -> None:
+    for data, parse in (
+        (segment_header(), parse_segment_header),
+        (encoded(HEADER, PAYLOAD), lambda data: parse_page_header(data, SHAPE, 11)),
+    ):
+        data[8:12] = struct.pack("<I", version)
+        with pytest.raises(CorruptData):
+            parse(data)
+        data[-16:] = xxhash.xxh3_128_digest(data[:-16])
+        with pytest.raises(TierFailed, match=f"of format {version}, this version reads 1 and 2"):
+            parse(data)
 
 
 @pytest.mark.parametrize("length", [0, 16, 80, 4095, 8192])
@@ -225,6 +245,12 @@ def test_a_payload_of_another_length_is_refused() -> None:
 @pytest.mark.parametrize(("blocks", "size"), [(1, 4096), (57, 4096), (58, 8192), (1000, 69632)])
 def test_header_sizes_are_whole_sectors(blocks: int, size: int) -> None:
     assert page_header_bytes(blocks) == size
+
+
+def test_a_seal_may_take_another_sector() -> None:
+    sizes = [(page_header_bytes(n), page_header_bytes(n, "hmac")) for n in range(1, 3000)]
+    assert {sealed - plain for plain, sealed in sizes} == {0, 4096}
+    assert all(sealed >= 156 + 68 * n + 76 for n, (_, sealed) in enumerate(sizes, 1))
 
 
 def test_slots_lie_one_after_another() -> None:

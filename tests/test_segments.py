@@ -341,6 +341,33 @@ def test_a_segment_of_another_store_is_removed() -> None:
     tier.close()
 
 
+def test_a_write_that_failed_does_not_hide_an_older_copy_however_many_come_after_it() -> None:
+    """After a crash only the newest pages are read in full: its header must be gone by then."""
+    files = MemoryFiles(Path("disk"))
+    faulty = FaultyFiles(files)
+
+    def opened(engine: FileEngine) -> SegmentTier:
+        sizes = {"pages_max": 16, "segment_cold_pages": 2, "inflight_max_bytes": PAGE_BYTES}
+        return SegmentTier(engine, PLAN, FINGERPRINT, **sizes)
+
+    tier = opened(faulty)
+    tier.open()
+    fill(tier, {0: 0, 5: 5})  # both segments' files are there
+    tier.sync()
+    faulty.schedule = once(faulty.calls, Fault.SHORT)
+    with pytest.raises(TierFailed):
+        tier.write_pages([1], [page_bytes(0, size=PAGE_BYTES)], [page_label(0)])
+    faulty.schedule = None
+    fill(tier, {2: 2, 3: 3, 4: 4})
+    tier.sync()
+    files.shutdown()
+
+    again = opened(files)
+    assert sorted(page.page for page in again.open()) == [0, 2, 3, 4, 5]
+    assert same(read(again, [0]), {0: 0})
+    again.close()
+
+
 def test_a_generation_never_comes_back() -> None:
     files = MemoryFiles(Path("disk"))
     seen = [0]

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from tierkv.config import Config
 from tierkv.core.errors import ConfigError, TierFailed, TierKVError
@@ -24,6 +24,8 @@ from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.files import choose_engine
 from tierkv.tiers.files.base import FileEngine
 from tierkv.tiers.host import HostTier
+from tierkv.tiers.seals import load_seal
+from tierkv.tiers.seals.base import Seal
 from tierkv.tiers.segment_format import page_header_bytes
 from tierkv.tiers.segments import SegmentTier
 from tierkv.tiers.unified import unified_home
@@ -32,9 +34,13 @@ from tierkv.transfer.engine import TransferEngine
 from tierkv.transfer.link_profile import link_profile, measure_device
 from tierkv.transfer.spread import PlainSpread
 from tierkv.transfer.staging import SLOTS, Staging
+from tierkv.transfer.status import StatusFile
 from tierkv.transfer.streams import CudaStreams
 
 logger = logging.getLogger(__name__)
+
+#: Of one tier: each takes some 60 bytes of memory while it is free. 32 TiB in pages of 2 MiB.
+_PAGES_MAX: Final = 1 << 24
 
 
 @dataclass(slots=True)
@@ -49,6 +55,7 @@ class Parts:
     files: FileEngine | None
     engine: TransferEngine
     recovered: list[RecoveredPage]
+    status: StatusFile | None
 
     def close(self) -> None:
         """End the threads, then close tier after tier; a tier that fails does not keep others."""
@@ -61,6 +68,8 @@ class Parts:
                     logger.warning("close failed error=%s", error)
         if self.files is not None:
             self.files.shutdown()
+        if self.status is not None:  # last: until then `doctor` shows a store that hangs in closing
+            self.status.close()
 
 
 #: Makes the file engine for a directory; tests and fault drills give their own.
@@ -103,14 +112,16 @@ def assemble(
             device.open()
             undo.callback(device.close)
             staging = staging_for(host, device) if staging_for else _staging(config, host, device)
-        cold, files, recovered = None, None, []
+        cold, files, recovered, status = None, None, [], None
+        # A directory per layout: two layouts never share a file, and each can be deleted alone.
+        root = config.tiers.cold.directory / layout.fingerprint.hex()[:16]
         if TierId.COLD in spec.tiers:
-            # A directory per layout: two layouts never share a file, and each can be deleted alone.
-            root = config.tiers.cold.directory / layout.fingerprint.hex()[:16]
             wanted = config.tiers.cold.engine
+            # First of all: a wrong key changes nothing on the disk.
+            seal = load_seal(config.tiers.cold.protection, config.tiers.cold.key_file)
             files = files_for(root) if files_for else choose_engine(root, wanted)
             undo.callback(files.shutdown)
-            cold = _cold(config, layout, spec.tiers[TierId.COLD].pages, files)
+            cold = _cold(config, layout, spec.tiers[TierId.COLD].pages, files, seal)
             recovered = cold.open()
             undo.callback(cold.close)
         engine = TransferEngine(
@@ -123,21 +134,26 @@ def assemble(
             inflight_bytes_max=config.transfer.inflight_max,
             piece_bytes=config.tiers.cold.piece,
             sync_each_write=config.tiers.cold.sync == "always",
+            zero_freed=config.tiers.host.zero_freed,
             breaker=Breaker(
                 TierId.COLD.label,
                 faults_max=config.tiers.cold.breaker_faults,
                 slow_s=config.tiers.cold.breaker_slow_ms / 1e3,
             ),
         )
+        if cold is not None and files_for is None:  # other files lie in no directory to be named
+            status = StatusFile(root, engine.breaker)
+            status.open()
         undo.pop_all()
-    return Parts(spec, chains, host, device, cold, files, engine, recovered)
+    return Parts(spec, chains, host, device, cold, files, engine, recovered, status)
 
 
 def plan_spec(config: Config, plan: PagePlan, chains: dict[str, KeyChain]) -> PlanSpec:
     """The planner's view: capacities in pages. Raises ConfigError for a tier too small to work."""
     tiers = config.tiers
     # Capacity is what the disk may lose, so headers count.
-    slot_bytes = plan.warm_page_bytes + page_header_bytes(plan.warm_page_blocks)
+    header_bytes = page_header_bytes(plan.warm_page_blocks, tiers.cold.protection)
+    slot_bytes = plan.warm_page_bytes + header_bytes
     cold_pages = tiers.cold.capacity // slot_bytes
     host_pages = plan.warm_pages_in(tiers.host.capacity)
     least = 2 if tiers.cold.capacity else 1
@@ -149,8 +165,15 @@ def plan_spec(config: Config, plan: PagePlan, chains: dict[str, KeyChain]) -> Pl
     if tiers.cold.capacity and not cold_pages:
         raise ConfigError(
             f"tiers.cold.capacity: {format_bytes(tiers.cold.capacity)} is less than one warm page "
-            f"of {format_bytes(plan.warm_page_bytes)}; raise it, or 0 turns the tier off"
+            f"with its header, {format_bytes(slot_bytes)}; raise it, or 0 turns the tier off"
         )
+    for name, pages in (("host", host_pages), ("cold", cold_pages)):
+        if pages > _PAGES_MAX:
+            raise ConfigError(
+                f"tiers.{name}.capacity: {pages:,} warm pages of "
+                f"{format_bytes(plan.warm_page_bytes)} are more than the {_PAGES_MAX:,} that are "
+                "kept track of; raise pages.warm, or lower the capacity"
+            )
     plans = {TierId.HOST: TierPlan(host_pages, plan.warm_page_blocks, tiers.host.policy)}
     if tiers.device.capacity:
         frames = plan.hot_blocks_in(tiers.device.capacity)
@@ -171,7 +194,9 @@ def plan_spec(config: Config, plan: PagePlan, chains: dict[str, KeyChain]) -> Pl
         )
         for name, space in config.namespaces.items()
     ]
-    return PlanSpec(plans, spaces, config.block_tokens, plan.block_bytes)
+    return PlanSpec(
+        plans, spaces, config.block_tokens, plan.block_bytes, zero_freed=tiers.host.zero_freed
+    )
 
 
 def _quotas(host: int, cold: int, config: Config, plan: PagePlan) -> dict[TierId, int]:
@@ -235,7 +260,9 @@ def _staging(config: Config, host: HostTier, device: DeviceTier) -> Staging | No
     )
 
 
-def _cold(config: Config, layout: Layout, pages: int, files: FileEngine) -> SegmentTier:
+def _cold(
+    config: Config, layout: Layout, pages: int, files: FileEngine, seal: Seal | None
+) -> SegmentTier:
     return SegmentTier(
         files,
         layout.pages,
@@ -243,6 +270,8 @@ def _cold(config: Config, layout: Layout, pages: int, files: FileEngine) -> Segm
         pages_max=pages,
         segment_cold_pages=config.tiers.cold.segment_cold_pages,
         inflight_max_bytes=config.transfer.inflight_max,
+        seal=seal,
+        erase_payloads=config.tiers.host.zero_freed,
     )
 
 

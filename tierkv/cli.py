@@ -45,6 +45,10 @@ ConfigFile: TypeAlias = Annotated[Path, typer.Argument(metavar="FILE", help="YAM
 ColdDirectory: TypeAlias = Annotated[
     Path, typer.Argument(metavar="DIRECTORY", help="tiers.cold.directory, or a folder in it.")
 ]
+KeyFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--key-file", metavar="FILE", help="tiers.cold.key_file of a protected one."),
+]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -168,12 +172,13 @@ def check(
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
     ] = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Say what a cold directory holds and what in it is damaged; changes nothing."""
     from tierkv.upkeep.report import as_json, examine
     from tierkv.upkeep.show import show_report
 
-    reports = examine(directory, deep=deep)
+    reports = examine(directory, deep=deep, key_file=key_file)
     for report in reports:
         show_report(_console(), report)
     if json_path is not None:
@@ -194,6 +199,7 @@ def scrub(
         str, typer.Option(metavar="SIZE/s", help="Read at most this much a second.")
     ] = "100MB/s",
     once: Annotated[bool, typer.Option("--once", help="End after one pass.")] = False,
+    key_file: KeyFile = None,
 ) -> None:
     """Verify everything at a bounded rate, pass after pass; goes on where it was interrupted."""
     from tierkv.upkeep.pace import parse_rate
@@ -201,7 +207,8 @@ def scrub(
     from tierkv.upkeep.show import ScrubWords
 
     try:
-        is_good = Scrub(directory, parse_rate(rate), ScrubWords(_console())).run(once=once)
+        passes = Scrub(directory, parse_rate(rate), ScrubWords(_console()), key_file)
+        is_good = passes.run(once=once)
     except KeyboardInterrupt:
         _complain("interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -216,17 +223,32 @@ def drill(
     *,
     count: Annotated[int, typer.Option(min=1, help="Pages to break.")] = 16,
     seed: Annotated[int | None, typer.Option(help="Repeat a drill; it prints its seed.")] = None,
+    key_file: KeyFile = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Leave the broken copy here; made.")
+    ] = None,
 ) -> None:
     """Break a copy of a cold directory, made beside it, and show that no wrong byte is served."""
     from tierkv.upkeep.drill import run_drill
-    from tierkv.upkeep.show import show_outcome
+    from tierkv.upkeep.show import show_kept, show_outcome
 
     chosen = secrets.randbelow(1 << 32) if seed is None else seed
-    outcomes = run_drill(directory, kind, seed=chosen, count=count)
+    outcomes = run_drill(directory, kind, seed=chosen, count=count, key_file=key_file, keep=keep)
     for outcome in outcomes:
         show_outcome(_console(), outcome)
+    if keep is not None:
+        show_kept(_console(), keep)
     if not all(outcome.held for outcome in outcomes):
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def keygen(file: Annotated[Path, typer.Argument(metavar="FILE", help="Made, mode 0600.")]) -> None:
+    """Make a random key for tiers.cold.key_file; never overwrites anything."""
+    from tierkv.tiers.seals.key_file import make_key
+
+    make_key(file)
+    typer.echo(f"{file}: a new key; what is written with it is lost if it is")
 
 
 def _show_json(

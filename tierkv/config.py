@@ -8,13 +8,13 @@ RAM, the cold tier against its file system, quotas against their tier).
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
@@ -32,6 +32,7 @@ from pydantic import (
 
 from tierkv.config_yaml import Loaded, load_yaml
 from tierkv.core.geometry import GIB, KIB, MIB, PageTargets
+from tierkv.core.registry import known_name
 from tierkv.core.units import (
     PERCENT_PATTERN,
     SIZE_BYTES_MAX,
@@ -42,11 +43,15 @@ from tierkv.core.units import (
 )
 from tierkv.plan.policies import POLICIES
 from tierkv.tiers.files import FILE_ENGINES
+from tierkv.tiers.seals import NO_SEAL, SEALS, check_key_file
 
 DEFAULT_NAMESPACE: Final = "default"
 
 #: The cold tier's headers hold a namespace's name in this many bytes.
 NAMESPACE_BYTES_MAX: Final = 63
+
+#: 31 years: beyond it, null is meant.
+TTL_S_MAX: Final = 1e9
 
 #: Below this a capacity is a forgotten unit, not a wish.
 CAPACITY_BYTES_MIN: Final = 4096
@@ -131,22 +136,16 @@ def _path(value: object, info: ValidationInfo) -> Path:
     return path
 
 
-def known_name(value: str, names: Iterable[str]) -> str:
-    """`value` if it is one of `names`; else a ValueError with the nearest of them."""
-    known = list(names)
-    if value in known:
-        return value
-    close = difflib.get_close_matches(value, known, n=1)
-    cure = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-    raise ValueError(f"unknown name {value[:60]!r}; {cure}")
-
-
 def _policy(value: str) -> str:
     return known_name(value, POLICIES)
 
 
 def _engine(value: str) -> str:
-    return known_name(value, ["auto", *FILE_ENGINES])
+    return known_name(value, chain(["auto"], FILE_ENGINES))
+
+
+def _protection(value: str) -> str:
+    return known_name(value, chain([NO_SEAL], SEALS))
 
 
 def _device(value: str) -> str:
@@ -195,6 +194,7 @@ Device: TypeAlias = Annotated[
     WithJsonSchema({"type": "string", "pattern": "^(auto|cpu|cuda(:[0-9]{1,3})?)$"}),
 ]
 Engine: TypeAlias = Annotated[str, AfterValidator(_engine)]
+Protection: TypeAlias = Annotated[str, AfterValidator(_protection)]
 Numa: TypeAlias = Annotated[Literal["auto", "off"] | int, BeforeValidator(_numa)]
 NamespaceName: TypeAlias = Annotated[str, AfterValidator(_namespace_name)]
 
@@ -272,6 +272,9 @@ class HostConfig(_Section):
     unified: Literal["auto", "off"] = Field(
         default="auto", description="auto: a coherent device (Grace-Hopper) reads it unpinned."
     )
+    zero_freed: bool = Field(
+        default=False, description="Zero freed pages before another namespace gets them."
+    )
 
     @field_validator("capacity", mode="before")
     @classmethod
@@ -308,6 +311,19 @@ class ColdConfig(_Section):
     sync: Literal["flush", "always"] = Field(
         default="flush", description="When writes are made durable: at flush, or after each."
     )
+    protection: Protection = Field(
+        default=NO_SEAL, description="none, hmac (forged pages are misses) or aes-256-gcm."
+    )
+    key_file: AnyPath | None = Field(
+        default=None, description="File with the key of a protection; see `tierkv keygen`."
+    )
+
+    @field_validator("key_file")
+    @classmethod
+    def _key_where_it_is_used(cls, key_file: Path | None, info: ValidationInfo) -> Path | None:
+        if "protection" in info.data:
+            check_key_file(info.data["protection"], key_file)
+        return key_file
 
     @field_validator("capacity", mode="before")
     @classmethod
@@ -368,7 +384,7 @@ class NamespaceConfig(_Section):
     cold_quota: Quota = Field(
         default=SIZE_BYTES_MAX, description="Most bytes of NVMe, or % of the cold tier."
     )
-    ttl_s: Annotated[float, Field(gt=0)] | None = Field(
+    ttl_s: Annotated[float, Field(gt=0, le=TTL_S_MAX)] | None = Field(
         default=None, description="Seconds after it was put that a block is dropped; null never."
     )
 

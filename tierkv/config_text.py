@@ -3,8 +3,9 @@
 The reader accepts the part of YAML 1.2 that people write by hand: mappings, lists and scalars
 of one document. What makes YAML files surprising or dangerous is refused with the place and the
 cure: duplicate keys, anchors and aliases (a few lines can stand for billions of nodes), tags,
-directives, merge keys, numbers that YAML versions read differently (017, 0x1F, 1_000, 1:30) and
-more than 32 levels. `no` and `on` are text, as YAML 1.2 says.
+directives, merge keys, numbers that YAML versions read differently (017, 0x1F, 1_000, 1:30),
+more than 32 levels, and more than `EVENTS_MAX` keys and values, so that no file of the largest
+accepted size takes more than a few seconds. `no` and `on` are text, as YAML 1.2 says.
 
 Lines and columns are counted from 1, columns in characters.
 """
@@ -33,6 +34,8 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 DEPTH_MAX: Final = 32
+#: Keys, values, beginnings and ends of mappings and lists. 1024 tenants with all keys: 11,264.
+EVENTS_MAX: Final = 32_768
 
 Keys: TypeAlias = tuple[str | int, ...]
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
@@ -96,9 +99,13 @@ class Document:
 def read_document(text: str) -> Document:
     """Read a YAML text. Raises nothing: what is wrong stands in `Document.problems`."""
     document = Document()
+    if found := _LONG_TAG.search(text):  # the parser takes time by the square of its length
+        place = _place_at(text, found.start())
+        document.problem(place, (), f"tags are not accepted; remove {found[0][:60]!r}")
+        return document
     try:
         # pure: the C parser does not decode and its marks count differently.
-        _Reader(YAML(typ="safe", pure=True).parse(text), document).run()
+        _Reader(_bounded(YAML(typ="safe", pure=True).parse(text)), document).run()
     except _Stop as stop:
         document.problem(stop.place, (), stop.message)
         document.root = None
@@ -261,6 +268,7 @@ _SPECIAL: Final = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _ODD: Final = re.compile(
     r"[-+]?(0[0-9_]+|0[oO][0-7_]+|0[xX][0-9a-fA-F_]+|0[bB][01_]+|[0-9]+(_[0-9]+)+|[0-9]+(:[0-9]+)+)"
 )
+_LONG_TAG: Final = re.compile(r"![\w!%#&'()*+./:;=?@$~-]{4096}")
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 _DIGITS_MAX: Final = 40
 
@@ -285,6 +293,14 @@ def _resolve(text: str) -> Plain | _Ambiguous:
             "YAML versions read this number differently; write it plainly in decimal, or quote it"
         )
     return text
+
+
+def _bounded(events: Iterator[Event]) -> Iterator[Event]:
+    """`events`; ends with `_Stop` where there are more than a configuration can need."""
+    for number, event in enumerate(events):
+        if number == EVENTS_MAX:
+            raise _Stop(_place(event), f"holds more than {EVENTS_MAX} keys and values")
+        yield event
 
 
 def _is_left_out(event: Event) -> bool:

@@ -1,11 +1,12 @@
-"""Make the golden cold directories of format 1: `python -m tests.golden.make FOLDER`.
+"""Make the golden cold directories of a format: `python -m tests.golden.make FORMAT FOLDER`.
 
-Each is a tar.gz of a cold directory as tierkv 0.1.0 leaves it, and `format_1.json` says of each its
-layout, its tenants, the SHA-256 of its files, and the prompts that must be found in it. The bytes
-of a prompt follow from its seed through SHAKE-256, which no library may change, so nothing but the
-seed is written down. Everything is fixed: two runs make equal files.
+Each is a tar.gz of a cold directory as the tierkv of its time leaves it, and `format_1.json` says
+of each its layout, its tenants, the SHA-256 of its files, and the prompts that must be found in it.
+The bytes of a prompt follow from its seed through SHAKE-256, which no library may change, so
+nothing but the seed is written down. All is fixed, also what is random elsewhere, but for the order
+in which threads write.
 
-The committed files are what format 1 *was*: a new format gets new files beside these, and these are
+The committed files are what a format *was*: a new format gets new files beside these, and these are
 not made again. Each variant is a life that has its own kind of rest on the disk:
 
 - plain: three prompts, two with one beginning, closed cleanly.
@@ -15,6 +16,11 @@ not made again. Each variant is a life that has its own kind of rest on the disk
 - crashed: power lost during the second flush: marked unclean, its last page without its end.
 - partial: five blocks in a page for sixteen.
 - float32, float8: other dtypes; the second is a latent cache in two tensor-parallel ranks.
+
+Format 2 is that of protected stores. Their key is `KEY`, for all to see:
+
+- hmac, aes: as tenants.
+- aes_crashed: as crashed.
 """
 
 from __future__ import annotations
@@ -25,8 +31,10 @@ import io
 import json
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,6 +51,7 @@ from tierkv.tiers.files.base import Buffer, aligned_array
 
 Bytes = npt.NDArray[np.uint8]
 
+KEY = hashlib.sha256(b"golden").digest()
 BLOCK_TOKENS = 4
 PAGES = {"hot": "1KiB", "warm": "4KiB", "cold": "8KiB"}
 PLAIN = KVGeometry(layers=2, kv_heads=1, head_dim=8, dtype="float16")
@@ -92,6 +101,7 @@ class Variant:
     salts: dict[str, str] = field(default_factory=dict)
     host: str = "256KiB"
     cold: str = "128KiB"
+    protection: str = "none"
 
 
 def layout_of(geometry: KVGeometry, config: Config) -> Layout:
@@ -101,7 +111,15 @@ def layout_of(geometry: KVGeometry, config: Config) -> Layout:
     )
 
 
-def config_of(directory: Path, salts: dict[str, str], *, host: str, cold: str) -> Config:
+def config_of(
+    directory: Path,
+    salts: dict[str, str],
+    *,
+    host: str,
+    cold: str,
+    protection: str = "none",
+    key_file: Path | None = None,
+) -> Config:
     """A store of pages of 4 KiB beneath `directory`; capacities of both tiers."""
     disk = {
         "capacity": cold,
@@ -109,6 +127,8 @@ def config_of(directory: Path, salts: dict[str, str], *, host: str, cold: str) -
         "segment_cold_pages": 1,
         "threads": 1,
         "engine": "portable",
+        "protection": protection,
+        "key_file": key_file,
     }
     return Config.model_validate(
         {
@@ -173,9 +193,16 @@ class Disk(MemoryFiles):
 class Life:
     """A store on a `Disk`, and the prompts that a flush has covered."""
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, key_file: Path | None) -> None:
         self.disk = Disk(Path("disk"))
-        self.config = config_of(Path("disk"), variant.salts, host=variant.host, cold=variant.cold)
+        self.config = config_of(
+            Path("disk"),
+            variant.salts,
+            host=variant.host,
+            cold=variant.cold,
+            protection=variant.protection,
+            key_file=key_file,
+        )
         self.layout = layout_of(variant.geometry, self.config)
         self.durable: dict[int, Prompt] = {}
         self.others: dict[int, Prompt] = {}
@@ -266,25 +293,51 @@ def two(life: Life) -> None:
     life.put(Prompt(52, 20, shared=3, shared_with=51))
 
 
+SALTS = {"alice": "pepper", "bob": "Salz \u00e4"}
 VARIANTS = (
     Variant("plain", plain),
-    Variant("tenants", tenants, salts={"alice": "pepper", "bob": "Salz \u00e4"}),
+    Variant("tenants", tenants, salts=SALTS),
     Variant("rewritten", rewritten, host="16KiB", cold="40KiB"),
     Variant("crashed", crashed),
     Variant("partial", partial),
     Variant("float32", two, FLOAT32),
     Variant("float8", two, FLOAT8),
 )
+VARIANTS_2 = (
+    Variant("hmac", tenants, salts=SALTS, protection="hmac"),
+    Variant("aes", tenants, salts=SALTS, protection="aes-256-gcm"),
+    Variant("aes_crashed", crashed, protection="aes-256-gcm"),
+)
+FORMATS = {1: VARIANTS, 2: VARIANTS_2}
+
+
+def write_key(folder: Path) -> Path:
+    """A key file in `folder`."""
+    path = folder / "key"
+    path.write_text(KEY.hex() + "\n", encoding="ascii")
+    path.chmod(0o600)
+    return path
 
 
 def made(variant: Variant) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The files of a variant, and what `format_1.json` says of it."""
-    store_id = hashlib.sha256(variant.name.encode()).digest()[:16]
-    with mock.patch("tierkv.tiers.segment_directory.secrets.token_bytes", return_value=store_id):
-        life = Life(variant)
+    """The files of a variant, and what the format's JSON says of it."""
+    numbers = count()
+
+    def token_bytes(size: int) -> bytes:
+        number = next(numbers)
+        if not number:  # the store's id
+            return hashlib.sha256(variant.name.encode()).digest()[:size]
+        return hashlib.shake_256(f"{variant.name}/{number}".encode()).digest(size)
+
+    with (
+        mock.patch("secrets.token_bytes", token_bytes),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        is_plain = variant.protection == "none"
+        life = Life(variant, None if is_plain else write_key(Path(folder)))
         variant.live(life)
         files = life.end()
-    return files, {
+    return files, ({} if is_plain else {"protection": variant.protection}) | {
         "geometry": asdict(variant.geometry),
         "salts": variant.salts,
         "host": variant.host,
@@ -309,18 +362,18 @@ def packed(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def main(folder: Path) -> None:
-    """Make every variant; refuses to touch files that are there."""
+def main(number: int, folder: Path) -> None:
+    """Make every variant of a format; refuses to touch files that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     said = {}
-    for variant in VARIANTS:
+    for variant in FORMATS[number]:
         files, said[variant.name] = made(variant)
-        with (folder / f"format_1_{variant.name}.tar.gz").open("xb") as file:
+        with (folder / f"format_{number}_{variant.name}.tar.gz").open("xb") as file:
             file.write(packed(files))
-    with (folder / "format_1.json").open("x", encoding="utf-8") as file:
+    with (folder / f"format_{number}.json").open("x", encoding="utf-8") as file:
         json.dump(said, file, indent=1)
         file.write("\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

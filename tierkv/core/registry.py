@@ -7,7 +7,7 @@ kind. Another package adds kinds through entry points of the group `tierkv.<fami
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -41,13 +41,24 @@ class Registry:
         else:
             points = entry_points(group=f"tierkv.{self._family}", name=name)
             if not points:
-                raise ConfigError(f"{self._family}: {self._unknown(name)}")
+                raise ConfigError(f"{self._family}: {_unknown(name, self.names())}")
             found = next(iter(points)).load()
         if not isinstance(found, type):
             raise ConfigError(f"{self._family}: {name!r} is not a class but {found!r}")
         return found
 
-    def _unknown(self, name: str) -> str:
-        close = difflib.get_close_matches(name, self.names(), n=1)
-        cure = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self.names())}"
-        return f"unknown name {name!r}; {cure}"
+
+def known_name(value: str, names: Iterable[str]) -> str:
+    """`value` if it is one of `names`; else a ValueError with the nearest of them."""
+    known: list[str] = []
+    for name in names:  # ours come first; those of other packages are slow to find
+        if name == value:
+            return value
+        known.append(name)
+    raise ValueError(_unknown(value, known))
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    cure = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"unknown name {name[:60]!r}; {cure}"

@@ -57,3 +57,20 @@ class Span(NamedTuple):
     page: int
     offset: int
     count: int  # type: ignore[assignment]  # shadows tuple.count
+
+
+@dataclass(frozen=True, slots=True)
+class ColdUsage:
+    """What the tier takes and did since it was opened; pages unless named otherwise."""
+
+    disk_bytes: int
+    segments: int
+    stored: int
+    quarantined: int
+    distrusted: int
+    pages_read: int
+    pages_written: int
+    pages_corrupt: int
+    pages_torn: int
+    io_errors: int
+    syncs: int

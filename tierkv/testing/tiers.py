@@ -26,6 +26,7 @@ from tierkv.core.geometry import KVGeometry, PagePlan, PageTargets
 from tierkv.core.tier import BlockLabel, PageLabel, RecoveredPage
 from tierkv.testing.file_engines import page_bytes
 from tierkv.tiers.files.base import FileEngine, aligned_array
+from tierkv.tiers.seals.base import Seal
 from tierkv.tiers.segments import SegmentTier
 
 PLAN: Final = PagePlan.of(
@@ -51,6 +52,9 @@ def page_label(seed: int, *, blocks: int = 2, namespace: str = "default") -> Pag
 class ColdTierTests(ABC):
     """What `SegmentTier` promises, on the engine that `make` gives."""
 
+    #: The protection of every tier that is opened.
+    seal: Seal | None = None
+
     @abstractmethod
     def make(self, root: Path) -> FileEngine:
         """The engine to run on; called again with the same root by `restart`."""
@@ -70,7 +74,14 @@ class ColdTierTests(ABC):
     def open_tier(
         self, *, pages_max: int = 20, fingerprint: bytes = FINGERPRINT, plan: PagePlan = PLAN
     ) -> tuple[SegmentTier, list[RecoveredPage]]:
-        tier = SegmentTier(self.files, plan, fingerprint, pages_max=pages_max, segment_cold_pages=2)
+        tier = SegmentTier(
+            self.files,
+            plan,
+            fingerprint,
+            pages_max=pages_max,
+            segment_cold_pages=2,
+            seal=self.seal,
+        )
         return tier, tier.open()
 
     def fill(self, tier: SegmentTier, pages: Sequence[int]) -> None:

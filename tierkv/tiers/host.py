@@ -106,6 +106,8 @@ class HostTier:
         self._watching: threading.Thread | None = None
         self._map: mmap.mmap | None = None
         self._copy: StreamCopy | None = None
+        self._cleared: dict[int, int] = {}  # page -> the last opening that it was zeroed for
+        self._clearing = threading.Lock()
 
     def open(self) -> None:
         """Map, bind and touch the arena. Raises TierFailed if there is not enough memory."""
@@ -217,6 +219,17 @@ class HostTier:
         for offset in offsets:
             self.blocks[page, :, offset] = 0
         self.pages[page, self.plan.warm_payload_bytes :] = 0
+
+    def clear(self, page: int, opening: int) -> None:
+        """Zero a whole page, once for each of its openings; any thread.
+
+        Several write into one page at a time, each into its own places. Each calls this first and
+        nobody writes before it has returned, so nothing that was written is zeroed.
+        """
+        with self._clearing:
+            if self._cleared.get(page) != opening:
+                self.pages[page] = 0
+                self._cleared[page] = opening
 
     def close(self) -> None:
         """Give the memory back. Views of it must be gone."""

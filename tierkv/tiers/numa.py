@@ -85,9 +85,9 @@ def mapping_bytes(numa_maps: str, address: int, size_bytes: int) -> dict[int, in
     return dict(found)
 
 
-def backend() -> str:
+def backend(root: Path = SYSFS_NODES) -> str:
     """The backend in use: ``numa``, ``ctypes`` or ``none``."""
-    if len(nodes()) > 1:
+    if len(nodes(root)) > 1:
         if find_spec("numa") is not None:
             return "numa"
         if platform.machine() in _MBIND:

@@ -3,7 +3,7 @@
 Names::
 
     lock                    flock held while the directory is open; holds the pid, for the message
-    manifest                JSON line, its xxh3-128 in hex, blanks up to a multiple of 4096 bytes
+    manifest                see `segment_manifest`
     segment-00000003.tkv    see `segment_format`
     *.tmp                   one of the above being made; removed at the next open
 
@@ -15,7 +15,11 @@ Invariants:
 - The manifest says `clean` only between a good `close` and the next `begin`.
 
 A lost or damaged manifest is made again from the segment headers: it holds nothing else that a
-cache could not do without. Single owner, except `ensure` and `segments`: any thread.
+cache could not do without.
+
+Where the store has a protection, nothing is changed before the key has been shown to be the right
+one: by the manifest's tag, or, where there is no manifest, by that of a segment header. A key that
+fits neither, or none, is refused. Single owner, except `ensure` and `segments`: any thread.
 """
 
 from __future__ import annotations
@@ -28,63 +32,49 @@ import secrets
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from tierkv.core.errors import CorruptData, GeometryMismatch, TierFailed, TierFull
-from tierkv.core.geometry import ALIGN_BYTES, PagePlan, align_up
+from tierkv.core.errors import CorruptData, GeometryMismatch, TierFailed
+from tierkv.core.geometry import ALIGN_BYTES, PagePlan
 from tierkv.tiers.files.base import FileEngine, aligned_array
+from tierkv.tiers.seals import NO_SEAL
+from tierkv.tiers.seals.base import Seal, SegmentSeal
 from tierkv.tiers.segment_format import (
-    FORMAT_VERSION,
     SEGMENT_HEADER_BYTES,
     STORE_ID_BYTES,
     SegmentShape,
-    encode_segment_header,
-    other_version,
-    parse_segment_header,
 )
+from tierkv.tiers.segment_header_io import HeaderIO
+from tierkv.tiers.segment_manifest import (
+    MANIFEST_BYTES_MAX,
+    Manifest,
+    expect_seal,
+    manifest_text,
+    padded,
+    parse_manifest,
+)
+from tierkv.tiers.withheld import blocked_segments
 
 logger = logging.getLogger(__name__)
 
 EPOCH_SHIFT: Final = 40
 _EPOCHS_MAX: Final = (1 << 24) - 1
-_MANIFEST_BYTES_MAX: Final = 1 << 20
 _SEGMENT_NAME: Final = re.compile(r"segment-(\d{8})\.tkv", re.ASCII)
 _TMP_NAME: Final = re.compile(r"(manifest|segment-\d{8}|probe-\d+-\d+)\.tmp", re.ASCII)
 
 
 @dataclass(slots=True)
 class SegmentFile:
-    """An open segment: its handle, and how many slots its length holds."""
+    """An open segment: its handle, how many slots its length holds, its keys if it is protected."""
 
     number: int
     handle: int
     slots: int
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the directory holds. `segments` is as of the last open or close: a check, no truth."""
-
-    format: int
-    store_id: Annotated[str, msgspec.Meta(pattern=f"^[0-9a-f]{{{2 * STORE_ID_BYTES}}}$")]
-    fingerprint: str
-    layers: int
-    block_tokens: int
-    block_layer_bytes: int
-    warm_page_blocks: int
-    warm_page_bytes: int
-    pages_per_segment: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
-    segments: list[int]
-    epoch: Annotated[int, msgspec.Meta(ge=0)]
-    clean: bool
-
-
-class _FormatOnly(msgspec.Struct):
-    format: int
+    seal: SegmentSeal | None = None
 
 
 class SegmentDirectory:
@@ -98,13 +88,24 @@ class SegmentDirectory:
         *,
         pages_max: int,
         pages_per_segment: int,
+        seal: Seal | None = None,
     ) -> None:
         self.segments: dict[int, SegmentFile] = {}
         #: What `open` found wrong and put right, in words.
         self.findings: list[str] = []
+        #: Pages of segments that can be neither opened nor made, as of `open`.
+        self.withheld: list[int] = []
         self.shape = SegmentShape.of(
-            plan, fingerprint=fingerprint, store_id=b"", pages_per_segment=pages_per_segment
+            plan,
+            fingerprint=fingerprint,
+            store_id=b"",
+            pages_per_segment=pages_per_segment,
+            protection=NO_SEAL if seal is None else seal.name,
         )
+        self._seal = seal
+        self._headers = HeaderIO(files, seal)
+        #: Protected segments whose header cannot be read; their pages need its salt.
+        self._unread: set[int] = set()
         self._files = files
         self._plan = plan
         self._pages_max = pages_max
@@ -126,10 +127,12 @@ class SegmentDirectory:
                 fingerprint=self.shape.fingerprint,
                 store_id=bytes.fromhex(manifest.store_id),
                 pages_per_segment=manifest.pages_per_segment,
+                protection=manifest.protection,
             )
             self._remove_stale_files()
             for name, number in self._segment_names():
                 self._open_segment(name, number)
+            self._withhold()
         except BaseException:
             self.release()
             raise
@@ -148,6 +151,15 @@ class SegmentDirectory:
         self._write_manifest(epoch=epoch, clean=False)
         return epoch
 
+    def first_generation(self, epoch: int) -> int:
+        """Where the generations of this start begin.
+
+        Under a protection nobody can foresee it: a directory that is put back as it was gives its
+        epochs again, and an earlier life's write of a page may not pass for this one's.
+        """
+        first = b"" if self._seal is None else secrets.token_bytes(EPOCH_SHIFT // 8)
+        return (epoch << EPOCH_SHIFT) + (int.from_bytes(first, "little") >> 1)
+
     def ensure(self, page: int) -> SegmentFile:
         """The segment of `page`, made or grown if need be. Raises OSError. Any thread."""
         number = self.shape.segment_of(page)
@@ -157,6 +169,8 @@ class SegmentDirectory:
             return segment
         # Rare: once per segment. The second thread in finds the first one's segment.
         with self._creating:
+            if number in self._unread:  # made anew it would lose what a later start may read
+                raise OSError(errno.EIO, "its header could not be read", _segment_name(number))
             slots = self.slots_wanted(number)
             segment = self.segments.get(number)
             if segment is None:
@@ -184,6 +198,7 @@ class SegmentDirectory:
         for segment in self.segments.values():
             self._files.close(segment.handle)
         self.segments.clear()
+        self._unread.clear()
         self._manifest = None
         if self._lock_handle is not None:
             self._files.close(self._lock_handle)
@@ -199,8 +214,8 @@ class SegmentDirectory:
             found.append(f"manifest: {error}")
         for number, segment in sorted(self.segments.items()):
             try:
-                self._expect_segment(segment.handle, number)
-            except (CorruptData, GeometryMismatch, OSError) as error:
+                self._headers.expect(segment.handle, self.shape, number)
+            except (CorruptData, GeometryMismatch, OSError, TierFailed) as error:
                 found.append(f"segment {number}: {error}")
         known = {"lock", "manifest"} | {_segment_name(number) for number in self.segments}
         found += [f"unknown file {name!r}" for name in self._files.names() if name not in known]
@@ -220,7 +235,7 @@ class SegmentDirectory:
                 "this store a directory of its own"
             ) from error
         text = aligned_array(ALIGN_BYTES, ALIGN_BYTES)
-        text[:] = _padded(f"pid {os.getpid()}".encode())
+        text[:] = padded(f"pid {os.getpid()}".encode())
         # The text only serves the message above; the lock holds without it.
         with suppress(OSError):
             self._files.write(handle, 0, [text.data])
@@ -248,8 +263,9 @@ class SegmentDirectory:
 
     def _open_segment(self, name: str, number: int) -> None:
         handle = self._files.open(name)
+        seal = None
         try:
-            self._expect_segment(handle, number)
+            seal = self._headers.expect(handle, self.shape, number)
         except TierFailed as error:
             raise TierFailed(f"{name} is {error}") from None
         except GeometryMismatch as error:
@@ -260,40 +276,30 @@ class SegmentDirectory:
             return
         except CorruptData as error:
             # Pages say themselves whose they are, so the header is all that is lost.
-            self._write_segment_header(handle, number)
+            seal = self._headers.write_again(handle, self.shape, number)
             self._found(f"{name}: its header was made again: {error}")
         except OSError as error:
             self._found(f"{name}: its header cannot be read: {error}")
+            if self._seal is not None:
+                self._files.close(handle)
+                self._unread.add(number)
+                return
         slots = (self._files.size(handle) - SEGMENT_HEADER_BYTES) // self.shape.slot_bytes
         slots = max(0, min(slots, self.slots_wanted(number)))
-        self.segments[number] = SegmentFile(number, handle, slots)
+        self.segments[number] = SegmentFile(number, handle, slots, seal)
+
+    def _withhold(self) -> None:
+        """Find the segments that something else blocks, or whose keys cannot be had now."""
+        size = self.shape.pages_per_segment
+        absent = set(range(-(-self._pages_max // size))) - self.segments.keys()
+        found = blocked_segments(self._files, [(n, _segment_name(n)) for n in sorted(absent)])
+        self.findings += found.values()
+        numbers = sorted({*found, *self._unread})
+        self.withheld = [n * size + slot for n in numbers for slot in range(self.slots_wanted(n))]
 
     def _found(self, finding: str) -> None:
         self.findings.append(finding)
         logger.warning("cold directory repaired finding=%s", finding)
-
-    def _expect_segment(self, handle: int, number: int) -> None:
-        """CorruptData if a segment's header is damaged, GeometryMismatch if it is not ours."""
-        shape, found = self._read_segment_header(handle)
-        if (shape, found) != (self.shape, number):
-            raise GeometryMismatch(
-                f"expected segment {number} of store {self.shape.store_id.hex()}, "
-                f"found segment {found} of store {shape.store_id.hex()}"
-            )
-
-    def _read_segment_header(self, handle: int) -> tuple[SegmentShape, int]:
-        """CorruptData if it is damaged, TierFailed if it is of another version."""
-        if self._files.size(handle) < SEGMENT_HEADER_BYTES:
-            raise CorruptData("the file is shorter than a segment header")
-        header = aligned_array(SEGMENT_HEADER_BYTES, ALIGN_BYTES)
-        self._files.read(handle, 0, [header.data])
-        return parse_segment_header(header.data)
-
-    def _write_segment_header(self, handle: int, number: int) -> None:
-        header = aligned_array(SEGMENT_HEADER_BYTES, ALIGN_BYTES)
-        encode_segment_header(self.shape, number, header.data)
-        self._files.write(handle, 0, [header.data])
-        self._files.sync(handle)
 
     def _create(self, number: int, slots: int) -> SegmentFile:
         tmp = f"segment-{number:08d}.tmp"
@@ -303,7 +309,7 @@ class SegmentDirectory:
         handle = self._files.open(tmp, create=True)
         try:
             self._files.preallocate(handle, self.shape.segment_bytes(slots))
-            self._write_segment_header(handle, number)
+            seal = self._headers.write_new(handle, self.shape, number)
             self._files.rename(tmp, _segment_name(number))
             self._files.sync_root()
         except OSError:
@@ -312,7 +318,7 @@ class SegmentDirectory:
             with suppress(OSError):
                 self._files.unlink(tmp)
             raise
-        return SegmentFile(number, handle, slots)
+        return SegmentFile(number, handle, slots, seal)
 
     def _load_manifest(self) -> Manifest:
         """The manifest, made again if it is lost. TierFailed if it is not for us."""
@@ -330,35 +336,21 @@ class SegmentDirectory:
         """The manifest, None if there is none. CorruptData if damaged, TierFailed if not for us."""
         if "manifest" not in self._files.names():
             return None
-        line, _, rest = bytes(self._read_file("manifest")).partition(b"\n")
-        if rest.split(b"\n")[0] != xxhash.xxh3_128_hexdigest(line).encode():
-            raise CorruptData("manifest: wrong checksum")
-        try:
-            found = msgspec.json.decode(line, type=_FormatOnly).format
-            manifest = msgspec.json.decode(line, type=Manifest) if found == FORMAT_VERSION else None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CorruptData(f"manifest: {error}") from error
-        if manifest is None:
-            raise TierFailed(f"the cold directory's manifest is {other_version(found)}")
+        text = bytes(self._read_file("manifest"))
+        manifest = parse_manifest(text)
+        self._expect_seal(text, manifest)
         return manifest
 
+    def _expect_seal(self, text: bytes, manifest: Manifest) -> None:
+        """TierFailed unless the manifest is protected as this store is, by its key."""
+        expect_seal(text, manifest, self._seal)
+
     def _manifest_of_segments(self) -> Manifest:
-        """A manifest from the first readable segment header, or a new store's."""
-        shape = self.shape
-        for name, _ in self._segment_names():
-            handle = self._files.open(name)
-            try:
-                shape, _ = self._read_segment_header(handle)
-                break
-            except TierFailed as error:
-                raise TierFailed(f"{name} is {error}") from None
-            except (CorruptData, OSError):
-                continue
-            finally:
-                self._files.close(handle)
+        """A manifest from the segment headers, or a new store's."""
         plan = self._plan
+        shape = self._headers.first_shape([name for name, _ in self._segment_names()], self.shape)
         return Manifest(
-            format=FORMAT_VERSION,
+            format=shape.version,
             store_id=(shape.store_id or secrets.token_bytes(STORE_ID_BYTES)).hex(),
             fingerprint=shape.fingerprint.hex(),
             layers=plan.layers,
@@ -370,6 +362,7 @@ class SegmentDirectory:
             segments=[],
             epoch=0,
             clean=False,
+            protection=shape.protection,
         )
 
     def _expect_ours(self, manifest: Manifest) -> None:
@@ -392,8 +385,7 @@ class SegmentDirectory:
         manifest = msgspec.structs.replace(
             self._opened(), epoch=epoch, clean=clean, segments=sorted(self.segments)
         )
-        line = msgspec.json.encode(manifest)
-        text = _padded(line + b"\n" + xxhash.xxh3_128_hexdigest(line).encode())
+        text = manifest_text(manifest, self._seal)
         data = aligned_array(len(text), ALIGN_BYTES)
         data[:] = text
         with suppress(FileNotFoundError):
@@ -413,7 +405,7 @@ class SegmentDirectory:
         handle = self._files.open(name)
         try:
             size = self._files.size(handle)
-            if size % ALIGN_BYTES or size > _MANIFEST_BYTES_MAX:
+            if size % ALIGN_BYTES or size > MANIFEST_BYTES_MAX:
                 raise CorruptData(f"{name}: impossible length of {size} bytes")
             data = aligned_array(size, ALIGN_BYTES)
             self._files.read(handle, 0, [data.data])
@@ -422,26 +414,5 @@ class SegmentDirectory:
         return data
 
 
-def tier_error(doing: str, error: OSError) -> TierFailed | TierFull:
-    """What an engine's OSError means for the tier."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TierFull(f"{doing}: {error}; cure: free space, or lower cold.capacity")
-    return TierFailed(f"{doing}: {error}")
-
-
-def open_error(error: OSError) -> TierFailed:
-    """What an engine's OSError means for a tier that is being opened."""
-    return TierFailed(
-        f"cannot open the cold directory: {error}; cure: remove what is named, or if the device "
-        "fails, choose another directory"
-    )
-
-
 def _segment_name(number: int) -> str:
     return f"segment-{number:08d}.tkv"
-
-
-def _padded(text: bytes) -> npt.NDArray[np.uint8]:
-    """`text`, a line end, and blanks up to a multiple of 4096 bytes."""
-    text += b"\n"
-    return np.frombuffer(text.ljust(align_up(len(text), ALIGN_BYTES)), dtype=np.uint8)

@@ -1,4 +1,4 @@
-r"""The bytes of a segment file, format 1: encoding, parsing, offsets; no I/O.
+r"""The bytes of a segment file, formats 1 and 2: encoding, parsing, offsets; no I/O.
 
 Grammar, all integers little-endian, every part a multiple of 4096 bytes
 (`docs/segment_format.md` has a worked example and the downsides)::
@@ -11,8 +11,13 @@ Grammar, all integers little-endian, every part a multiple of 4096 bytes
     page-header    = magic[8] "TIERKVP\0"  version:u32  header_bytes:u32  page_number:u64
                      generation:u64  store_id[16]  fingerprint[32]  payload_bytes:u64
                      block_count:u32  namespace_bytes:u8  namespace[63]  entry*
-                     zeros  payload_checksum[16]  checksum[16]                header_bytes bytes
+                     zeros  seal  payload_checksum[16]  checksum[16]          header_bytes bytes
     entry          = position:u32  key[32]  parent[32]        ascending positions, no two equal
+    seal           = nonce[12]  payload_tag[16]  header_tag[16]              nothing in format 1
+
+In format 2 a segment header goes on behind the fingerprint, and ends, with::
+
+    protection[16]  salt[32]  zeros  salt[32]  header_tag[16]  checksum[16]
 
 ``checksum`` is xxh3-128 of every byte before it in its header; ``payload_checksum`` is xxh3-128 of
 the payload, seeded with xxh3-64 of every byte before it in its header. The seed binds a payload to
@@ -20,10 +25,15 @@ its header's identity: the right bytes under another key, layout, generation or 
 verify. Both digests are in xxHash's canonical (big-endian) order. A slot whose header is all zeros
 was never written, or was erased.
 
+Format 2 is for stores with a protection (`seals`): format 1 with tags that need a key beside its
+checksums. ``payload_checksum`` is of what lies on the disk, so faults are found without the key;
+the tags find forgers. ``payload_tag`` is over the header up to the seal and the payload,
+``header_tag`` over all of its header before it. The salt is there twice, so that one fault in a
+segment header costs nothing.
+
 Encoding is canonical: one header has one form, and parsing refuses every other one. A reader
 trusts no length, count or offset from the file: they must equal what the open store expects or lie
-within bounds. The checksums find faults, not forgers: who can write to the directory can make
-bytes that verify.
+within bounds. In format 1 who can write to the directory can make bytes that verify.
 
 A checksum per record, so that damage costs one record, is LevelDB's (`doc/log_format.md`); one for
 the header apart from the body's, which the header carries, is TigerBeetle's
@@ -44,21 +54,24 @@ from tierkv.core.geometry import ALIGN_BYTES, PagePlan, align_up
 from tierkv.core.keys import KEY_BYTES
 from tierkv.core.tier import BlockLabel, PageLabel
 from tierkv.tiers.files.base import Buffer
+from tierkv.tiers.seals import NO_SEAL
+from tierkv.tiers.seals.base import NONCE_BYTES, TAG_BYTES, SegmentSeal
 
-FORMAT_VERSION: Final = 1
+FORMAT_PLAIN: Final = 1
+FORMAT_SEALED: Final = 2
 SEGMENT_HEADER_BYTES: Final = 4096
 STORE_ID_BYTES: Final = 16
 NAMESPACE_BYTES_MAX: Final = 63
 
-_SEGMENT_MAGIC: Final = b"TIERKVS\0"
 _PAGE_MAGIC: Final = b"TIERKVP\0"
-_CHECKSUM_BYTES: Final = 16
-_SEGMENT_FIELDS: Final = struct.Struct("<8sIIQIIQ16s32s")
+CHECKSUM_BYTES: Final = 16
 # The identity comes first, so that a reader who knows it compares it in one step.
 _IDENTITY: Final = struct.Struct("<8sIIQQ16s32s")
 _CONTENT: Final = struct.Struct("<QIB63s")
 _ENTRIES_AT: Final = _IDENTITY.size + _CONTENT.size
 _ENTRY: Final = struct.Struct(f"<I{KEY_BYTES}s{KEY_BYTES}s")
+# Format 2: what lies before the checksums of format 1.
+_PAGE_SEAL: Final = struct.Struct(f"<{NONCE_BYTES}s{TAG_BYTES}s{TAG_BYTES}s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +84,38 @@ class SegmentShape:
     warm_page_bytes: int
     warm_page_blocks: int
     pages_per_segment: int
+    protection: str = NO_SEAL
 
     @classmethod
     def of(
-        cls, plan: PagePlan, *, fingerprint: bytes, store_id: bytes, pages_per_segment: int
+        cls,
+        plan: PagePlan,
+        *,
+        fingerprint: bytes,
+        store_id: bytes,
+        pages_per_segment: int,
+        protection: str = NO_SEAL,
     ) -> SegmentShape:
         """The shape for a page plan."""
         return cls(
             fingerprint=fingerprint,
             store_id=store_id,
-            header_bytes=page_header_bytes(plan.warm_page_blocks),
+            header_bytes=page_header_bytes(plan.warm_page_blocks, protection),
             warm_page_bytes=plan.warm_page_bytes,
             warm_page_blocks=plan.warm_page_blocks,
             pages_per_segment=pages_per_segment,
+            protection=protection,
         )
+
+    @property
+    def version(self) -> int:
+        """The format's number."""
+        return format_of(self.protection)
+
+    @property
+    def seal_at(self) -> int:
+        """Where a page header's seal begins; where the checksums do, if it has none."""
+        return self.header_bytes - _end_bytes(self.protection)
 
     @property
     def slot_bytes(self) -> int:
@@ -104,58 +135,22 @@ class SegmentShape:
         return SEGMENT_HEADER_BYTES + pages * self.slot_bytes
 
 
-def page_header_bytes(warm_page_blocks: int) -> int:
+def format_of(protection: str) -> int:
+    """The format that a store with this protection writes."""
+    return FORMAT_PLAIN if protection == NO_SEAL else FORMAT_SEALED
+
+
+def page_header_bytes(warm_page_blocks: int, protection: str = NO_SEAL) -> int:
     """Bytes in front of every page, for pages of at most `warm_page_blocks` blocks."""
-    used = _ENTRIES_AT + warm_page_blocks * _ENTRY.size + 2 * _CHECKSUM_BYTES
+    used = _ENTRIES_AT + warm_page_blocks * _ENTRY.size + _end_bytes(protection)
     return align_up(used, ALIGN_BYTES)
-
-
-def encode_segment_header(shape: SegmentShape, segment: int, out: Buffer) -> None:
-    """Fill `out`, 4096 bytes, with the header of segment number `segment`."""
-    out[:] = bytes(SEGMENT_HEADER_BYTES)
-    _SEGMENT_FIELDS.pack_into(
-        out,
-        0,
-        _SEGMENT_MAGIC,
-        FORMAT_VERSION,
-        shape.header_bytes,
-        shape.warm_page_bytes,
-        shape.warm_page_blocks,
-        shape.pages_per_segment,
-        segment,
-        shape.store_id,
-        shape.fingerprint,
-    )
-    out[-_CHECKSUM_BYTES:] = xxhash.xxh3_128_digest(out[:-_CHECKSUM_BYTES])
-
-
-def parse_segment_header(data: Buffer) -> tuple[SegmentShape, int]:
-    """The shape and number in a segment header. CorruptData; TierFailed for another version's.
-
-    Every version keeps the checksum where it is, so that none is taken for a damaged one.
-    """
-    _expect("segment header bytes", SEGMENT_HEADER_BYTES, len(data))
-    (magic, version, header_bytes, page_bytes, blocks, pages, segment, store_id, fingerprint) = (
-        _SEGMENT_FIELDS.unpack_from(data)
-    )
-    _expect("segment magic", _SEGMENT_MAGIC, magic)
-    _expect_checksum("segment header", data)
-    if version > FORMAT_VERSION:
-        raise other_version(version)
-    _expect("segment format version", FORMAT_VERSION, version)
-    _expect_zeros("segment header", data[_SEGMENT_FIELDS.size : -_CHECKSUM_BYTES])
-    if not (blocks and pages and page_bytes) or page_bytes % ALIGN_BYTES:
-        raise CorruptData(f"impossible segment: {blocks=} {pages=} {page_bytes=}")
-    _expect("page header bytes", page_header_bytes(blocks), header_bytes)
-    shape = SegmentShape(fingerprint, store_id, header_bytes, page_bytes, blocks, pages)
-    return shape, segment
 
 
 def other_version(version: int) -> TierFailed:
     """Something whole is of another version of the format: in words that follow "it is"."""
     return TierFailed(
-        f"of format {version}, this version reads {FORMAT_VERSION}; cure: another directory, "
-        "the version that wrote this one, or remove its contents"
+        f"of format {version}, this version reads {FORMAT_PLAIN} and {FORMAT_SEALED}; cure: "
+        "another directory, the version that wrote this one, or remove its contents"
     )
 
 
@@ -173,8 +168,36 @@ def encode_page_header(
 ) -> None:
     """Fill `out`, `shape.header_bytes` long, with the header of a page that holds `payload`.
 
-    Raises ValueError for a label that the format cannot hold; `out` is then undefined.
+    For format 1. Raises ValueError for a label that the format cannot hold; `out` is then
+    undefined.
     """
+    _encode_said(shape, header, payload, out)
+    _encode_checksums(out, payload)
+
+
+def encode_sealed_page(
+    shape: SegmentShape,
+    header: PageHeader,
+    payload: Buffer,
+    out: Buffer,
+    *,
+    seal: SegmentSeal,
+    stored: Buffer,
+) -> None:
+    """As `encode_page_header`, for format 2; what is to be written behind it goes to `stored`.
+
+    `stored` is as long as `payload`, and the payload itself if the seal does not hide.
+    """
+    _encode_said(shape, header, payload, out)
+    nonce, tag = seal.close(out[: shape.seal_at], payload, stored)
+    _PAGE_SEAL.pack_into(out, shape.seal_at, nonce, tag, b"")
+    tag_at = shape.seal_at + _PAGE_SEAL.size - TAG_BYTES
+    out[tag_at : tag_at + TAG_BYTES] = seal.header_tag(out[:tag_at])
+    _encode_checksums(out, stored)
+
+
+def _encode_said(shape: SegmentShape, header: PageHeader, payload: Buffer, out: Buffer) -> None:
+    """All of a page header but its end."""
     namespace = header.label.namespace.encode()
     blocks = header.label.blocks
     if len(namespace) > NAMESPACE_BYTES_MAX:
@@ -193,8 +216,11 @@ def encode_page_header(
         _ENTRY.pack_into(
             out, _ENTRIES_AT + index * _ENTRY.size, block.position, block.key, block.parent
         )
-    out[-2 * _CHECKSUM_BYTES : -_CHECKSUM_BYTES] = _payload_checksum(out, payload)
-    out[-_CHECKSUM_BYTES:] = xxhash.xxh3_128_digest(out[:-_CHECKSUM_BYTES])
+
+
+def _encode_checksums(out: Buffer, payload: Buffer) -> None:
+    out[-2 * CHECKSUM_BYTES : -CHECKSUM_BYTES] = _payload_checksum(out, payload)
+    out[-CHECKSUM_BYTES:] = xxhash.xxh3_128_digest(out[:-CHECKSUM_BYTES])
 
 
 def is_blank(header: Buffer) -> bool:
@@ -203,18 +229,23 @@ def is_blank(header: Buffer) -> bool:
 
 
 def parse_page_header(data: Buffer, shape: SegmentShape, page: int) -> PageHeader:
-    """The header of the slot of `page` in a store of `shape`. Raises CorruptData."""
-    _expect("page header bytes", shape.header_bytes, len(data))
-    generation = _generation_of(data)
+    """The header of the slot of `page` in a store of `shape`; its tag is not verified.
+
+    Raises CorruptData; TierFailed for a whole header of a later version.
+    """
+    expect("page header bytes", shape.header_bytes, len(data))
+    magic, version, _, _, generation, _, _ = _IDENTITY.unpack_from(data)
+    if version > FORMAT_SEALED and magic == _PAGE_MAGIC and _is_checked(data):
+        raise TierFailed(f"page {page} is {other_version(version)}")
     _expect_identity(data, shape, page, generation)
-    _expect_checksum(f"header of page {page}", data)
+    expect_checksum(f"header of page {page}", data)
     payload_bytes, count, namespace_bytes, padded = _CONTENT.unpack_from(data, _IDENTITY.size)
-    _expect(f"payload bytes of page {page}", shape.warm_page_bytes, payload_bytes)
+    expect(f"payload bytes of page {page}", shape.warm_page_bytes, payload_bytes)
     if not 1 <= count <= shape.warm_page_blocks:
         raise CorruptData(f"page {page}: {count} blocks, expected 1..{shape.warm_page_blocks}")
     if namespace_bytes > NAMESPACE_BYTES_MAX:
         raise CorruptData(f"page {page}: namespace of {namespace_bytes} bytes")
-    _expect_zeros(f"namespace of page {page}", memoryview(padded)[namespace_bytes:])
+    expect_zeros(f"namespace of page {page}", memoryview(padded)[namespace_bytes:])
     try:
         namespace = padded[:namespace_bytes].decode()
     except UnicodeDecodeError as error:
@@ -224,7 +255,7 @@ def parse_page_header(data: Buffer, shape: SegmentShape, page: int) -> PageHeade
     reason = _positions_fault([block.position for block in blocks], shape.warm_page_blocks)
     if reason is not None:
         raise CorruptData(f"page {page}: {reason}")
-    _expect_zeros(f"header of page {page}", data[end : -2 * _CHECKSUM_BYTES])
+    expect_zeros(f"header of page {page}", data[end : shape.seal_at])
     return PageHeader(page, generation, PageLabel(namespace, blocks))
 
 
@@ -235,10 +266,10 @@ def verify_page(
 
     Reads the payload once and builds nothing. Raises CorruptData.
     """
-    _expect("page header bytes", shape.header_bytes, len(data))
+    expect("page header bytes", shape.header_bytes, len(data))
     _expect_identity(data, shape, page, generation)
-    _expect_checksum(f"header of page {page}", data)
-    expected = bytes(data[-2 * _CHECKSUM_BYTES : -_CHECKSUM_BYTES])
+    expect_checksum(f"header of page {page}", data)
+    expected = bytes(data[-2 * CHECKSUM_BYTES : -CHECKSUM_BYTES])
     found = _payload_checksum(data, payload)
     if found != expected:
         raise CorruptData(
@@ -247,15 +278,51 @@ def verify_page(
         )
 
 
+def expect_page_tag(data: Buffer, shape: SegmentShape, page: int, seal: SegmentSeal) -> None:
+    """CorruptData unless the key made this header of `page`."""
+    tag_at = shape.seal_at + _PAGE_SEAL.size - TAG_BYTES
+    tag = bytes(data[tag_at : tag_at + TAG_BYTES])
+    seal.expect_header(f"header of page {page}", data[:tag_at], tag)
+
+
+def open_sealed_page(
+    data: Buffer,
+    payload: Buffer,
+    shape: SegmentShape,
+    *,
+    page: int,
+    generation: int,
+    seal: SegmentSeal,
+) -> None:
+    """As `verify_page`, for format 2; reveals `payload` in place. Raises CorruptData.
+
+    A seal without its key verifies the checksums, and reveals nothing.
+    """
+    if not seal.has_key:
+        verify_page(data, payload, shape, page=page, generation=generation)
+        return expect_page_tag(data, shape, page, seal)
+    expect("page header bytes", shape.header_bytes, len(data))
+    _expect_identity(data, shape, page, generation)
+    expect_checksum(f"header of page {page}", data)
+    expect_page_tag(data, shape, page, seal)
+    nonce, tag, _ = _PAGE_SEAL.unpack_from(data, shape.seal_at)
+    if not seal.open(data[: shape.seal_at], nonce, tag, payload):
+        raise CorruptData(
+            f"payload of page {page}, generation {generation}: it was not made with this key, or "
+            "was changed"
+        )
+    return None
+
+
 def _payload_checksum(header: Buffer, payload: Buffer) -> bytes:
-    seed = xxhash.xxh3_64_intdigest(header[: -2 * _CHECKSUM_BYTES])
+    seed = xxhash.xxh3_64_intdigest(header[: -2 * CHECKSUM_BYTES])
     return xxhash.xxh3_128_digest(payload, seed=seed)
 
 
 def _identity(shape: SegmentShape, page: int, generation: int) -> bytes:
     return _IDENTITY.pack(
         _PAGE_MAGIC,
-        FORMAT_VERSION,
+        shape.version,
         shape.header_bytes,
         page,
         generation,
@@ -264,9 +331,10 @@ def _identity(shape: SegmentShape, page: int, generation: int) -> bytes:
     )
 
 
-def _generation_of(data: Buffer) -> int:
-    generation: int = _IDENTITY.unpack_from(data)[4]
-    return generation
+def _end_bytes(protection: str) -> int:
+    """Bytes of a page header's end: seal and checksums."""
+    seal_bytes = 0 if protection == NO_SEAL else _PAGE_SEAL.size
+    return seal_bytes + 2 * CHECKSUM_BYTES
 
 
 def _expect_identity(data: Buffer, shape: SegmentShape, page: int, generation: int) -> None:
@@ -277,23 +345,30 @@ def _expect_identity(data: Buffer, shape: SegmentShape, page: int, generation: i
     names = ("magic", "version", "header bytes", "number", "generation", "store id", "fingerprint")
     fields = zip(names, _IDENTITY.unpack(expected), _IDENTITY.unpack_from(data), strict=True)
     for name, wanted, found in fields:
-        _expect(f"{name} of page {page}", wanted, found)
+        expect(f"{name} of page {page}", wanted, found)
 
 
-def _expect_checksum(what: str, data: Buffer) -> None:
-    _expect(
+def expect_checksum(what: str, data: Buffer) -> None:
+    """CorruptData unless a header ends with the checksum of what is before it."""
+    expect(
         f"checksum of {what}",
-        xxhash.xxh3_128_digest(data[:-_CHECKSUM_BYTES]),
-        bytes(data[-_CHECKSUM_BYTES:]),
+        xxhash.xxh3_128_digest(data[:-CHECKSUM_BYTES]),
+        bytes(data[-CHECKSUM_BYTES:]),
     )
 
 
-def _expect_zeros(what: str, padding: Buffer) -> None:
+def _is_checked(data: Buffer) -> bool:
+    return bytes(data[-CHECKSUM_BYTES:]) == xxhash.xxh3_128_digest(data[:-CHECKSUM_BYTES])
+
+
+def expect_zeros(what: str, padding: Buffer) -> None:
+    """CorruptData unless all is zero."""
     if bytes(padding) != bytes(len(padding)):
         raise CorruptData(f"{what}: padding is not zero")
 
 
-def _expect(what: str, expected: bytes | int, found: bytes | int) -> None:
+def expect(what: str, expected: bytes | int, found: bytes | int) -> None:
+    """CorruptData, with both values, unless they are equal."""
     if found != expected:
         shown = [v.hex() if isinstance(v, bytes) else str(v) for v in (expected, found)]
         raise CorruptData(f"{what}: expected {shown[0]}, found {shown[1]}")

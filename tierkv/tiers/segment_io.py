@@ -5,6 +5,10 @@ Payloads go straight between the device and the caller's arrays where those are 
 engine, else through an aligned bounce of the calling thread. Checksums are computed by the writing
 thread, and by whoever makes the call that a fetch gives back (xxhash releases the GIL): so one run
 can be verified while the next is read. Any thread.
+
+Under a protection the writing thread also makes the tags, and whoever verifies reveals payloads in
+place. What a seal hides goes from the caller's array through a bounce that is encrypted into, so
+the array stays as it is and no plain byte goes to the disk.
 """
 
 from __future__ import annotations
@@ -12,24 +16,34 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.core.errors import CorruptData
+from tierkv.core.errors import CorruptData, TierFailed
 from tierkv.core.geometry import PagePlan
 from tierkv.tiers.files.base import Buffer, FileEngine, address_of, aligned_array
-from tierkv.tiers.segment_directory import SegmentDirectory
+from tierkv.tiers.seals.base import SegmentSeal
+from tierkv.tiers.segment_directory import SegmentDirectory, SegmentFile
 from tierkv.tiers.segment_format import (
     PageHeader,
     SegmentShape,
     encode_page_header,
+    encode_sealed_page,
+    expect_page_tag,
     is_blank,
+    open_sealed_page,
     parse_page_header,
     verify_page,
 )
+
+#: A start waits for the disk, not for a core: headers are small, and far apart.
+SCAN_THREADS: Final = 4
+#: A directory of fewer slots is read by one thread, in order.
+_SCAN_SLOTS_MIN: Final = 1024
 
 #: Header buffers kept for the next reads.
 _SPARE_HEADERS_MAX: Final = 256
@@ -60,8 +74,16 @@ class Scan:
 class SegmentIO:
     """Moves and verifies pages of an open `SegmentDirectory`."""
 
-    def __init__(self, files: FileEngine, directory: SegmentDirectory, plan: PagePlan) -> None:
+    def __init__(
+        self,
+        files: FileEngine,
+        directory: SegmentDirectory,
+        plan: PagePlan,
+        *,
+        erase_payloads: bool = False,
+    ) -> None:
         self._files = files
+        self._erase_payloads = erase_payloads
         self._directory = directory
         self._plan = plan
         self._scratch = _Scratch(files.align_bytes)
@@ -87,13 +109,20 @@ class SegmentIO:
         segment = self._directory.ensure(headers[-1].page)
         buffers: list[Buffer] = []
         spaces = self._headers(len(headers))
-        throughs = self._bounces(payloads)
+        seal = segment.seal
+        hides = seal is not None and seal.hides
+        throughs = self._bounces(payloads, for_all=hides)
         for header, space, payload, through in zip(
             headers, spaces, payloads, throughs, strict=True
         ):
-            if through is not payload:
+            if through is not payload and not hides:
                 through[:] = payload
-            encode_page_header(shape, header, through.data, space.data)
+            if seal is None:
+                encode_page_header(shape, header, through.data, space.data)
+            else:
+                encode_sealed_page(
+                    shape, header, payload.data, space.data, seal=seal, stored=through.data
+                )
             buffers += (space.data, through.data)
         self._files.write(segment.handle, shape.offset_of(headers[0].page), buffers)
 
@@ -112,6 +141,7 @@ class SegmentIO:
         try:
             segment = self._directory.segments[shape.segment_of(run[0].page)]
             self._files.read(segment.handle, shape.offset_of(run[0].page), buffers)
+            seal = segment.seal
         except OSError as error:
             faults: list[Fault] = [error]
             if len(run) > 1:  # one bad sector must cost one page: ask for each alone
@@ -123,38 +153,61 @@ class SegmentIO:
 
         def verify() -> list[Fault]:
             pairs = zip(run, spaces, strict=True)
-            found: list[Fault] = [_fault(s.data, w.out.data, shape, w) for w, s in pairs]
+            if seal is None:
+                found: list[Fault] = [_fault(s.data, w.out.data, shape, w) for w, s in pairs]
+            else:
+                found = [_sealed_fault(s.data, w.out.data, shape, w, seal) for w, s in pairs]
             self._spare_headers.extend(spaces)
             return found
 
         return verify
 
     def erase(self, page: int) -> int | None:
-        """Zero a page's header; the number of its segment, None if it has none. Raises OSError."""
+        """Zero a page's header; the number of its segment, None if it has none. Raises OSError.
+
+        With `erase_payloads` the payload too, in the same request.
+        """
         segment = self._directory.segments.get(self._shape.segment_of(page))
         if segment is None or page % self._shape.pages_per_segment >= segment.slots:
             return None
         blank = self._headers(1)[0]
         blank[:] = 0
-        self._files.write(segment.handle, self._shape.offset_of(page), [blank.data])
+        buffers: list[Buffer] = [blank.data]
+        if self._erase_payloads:
+            payload = self._scratch.rows("bounce", 1, self._shape.warm_page_bytes)[0]
+            payload[:] = 0
+            buffers.append(payload.data)
+        self._files.write(segment.handle, self._shape.offset_of(page), buffers)
         return segment.number
 
-    def scan(self) -> Scan:
-        """Read every page header on disk, and no payload."""
+    def scan(self, *, threads: int = 1) -> Scan:
+        """Read every page header on disk, and no payload; by `threads` where that is worth it."""
+        segments = [segment for _, segment in sorted(self._directory.segments.items())]
+        if sum(segment.slots for segment in segments) < _SCAN_SLOTS_MIN:
+            threads = 1
+        with ThreadPoolExecutor(threads, "tierkv-scan") as pool:
+            parts = list((pool.map if threads > 1 else map)(self._scan_segment, segments))
+        found = Scan(headers=[], rejected={}, unreadable={})
+        for part in parts:
+            found.headers += part.headers
+            found.rejected |= part.rejected
+            found.unreadable |= part.unreadable
+        return found
+
+    def _scan_segment(self, segment: SegmentFile) -> Scan:
         shape = self._shape
         space = self._headers(1)[0]
         found = Scan(headers=[], rejected={}, unreadable={})
-        for number, segment in sorted(self._directory.segments.items()):
-            first = number * shape.pages_per_segment
-            for page in range(first, first + segment.slots):
-                try:
-                    self._files.read(segment.handle, shape.offset_of(page), [space.data])
-                    if not is_blank(space.data):
-                        found.headers.append(parse_page_header(space.data, shape, page))
-                except OSError as error:
-                    found.unreadable[page] = str(error)
-                except CorruptData as error:
-                    found.rejected[page] = str(error)
+        first = segment.number * shape.pages_per_segment
+        for page in range(first, first + segment.slots):
+            try:
+                self._files.read(segment.handle, shape.offset_of(page), [space.data])
+                if not is_blank(space.data):
+                    found.headers.append(_header_of(space.data, shape, page, segment.seal))
+            except OSError as error:
+                found.unreadable[page] = str(error)
+            except CorruptData as error:
+                found.rejected[page] = str(error)
         return found
 
     def fault_of(self, page: int, generation: int, *, deep: bool) -> str | None:
@@ -168,9 +221,9 @@ class SegmentIO:
         segment = self._directory.segments[shape.segment_of(page)]
         try:
             self._files.read(segment.handle, shape.offset_of(page), [space.data])
-            if parse_page_header(space.data, shape, page).generation != generation:
+            if _header_of(space.data, shape, page, segment.seal).generation != generation:
                 return f"page {page}: another write than generation {generation} is in its slot"
-        except (CorruptData, OSError) as error:
+        except (CorruptData, OSError, TierFailed) as error:
             return str(error)
         return None
 
@@ -187,12 +240,18 @@ class SegmentIO:
     def _headers(self, count: int) -> list[Payload]:
         return self._scratch.rows("headers", count, self._shape.header_bytes)
 
-    def _bounces(self, arrays: Sequence[Payload]) -> list[Payload]:
-        """Each array itself if the engine can take it, else an aligned place to copy through."""
+    def _bounces(self, arrays: Sequence[Payload], *, for_all: bool = False) -> list[Payload]:
+        """Each array itself if the engine can take it, else an aligned place to copy through.
+
+        `for_all`: an aligned place for each.
+        """
         align = self._files.align_bytes
-        if align == 1 or not any(address_of(array) % align for array in arrays):
+        is_fit = align == 1 or not any(address_of(array) % align for array in arrays)
+        if is_fit and not for_all:
             return list(arrays)
         rows = self._scratch.rows("bounce", len(arrays), self._plan.warm_page_bytes)
+        if for_all:
+            return rows
         pairs = zip(arrays, rows, strict=True)
         return [row if address_of(array) % align else array for array, row in pairs]
 
@@ -218,6 +277,28 @@ def _fault(
 ) -> CorruptData | None:
     try:
         verify_page(header, payload, shape, page=wanted.page, generation=wanted.generation)
+    except CorruptData as error:
+        return error
+    return None
+
+
+def _header_of(
+    data: Buffer, shape: SegmentShape, page: int, seal: SegmentSeal | None
+) -> PageHeader:
+    """As `parse_page_header`, with its tag verified where there is one."""
+    header = parse_page_header(data, shape, page)
+    if seal is not None:
+        expect_page_tag(data, shape, page, seal)
+    return header
+
+
+def _sealed_fault(
+    header: Buffer, payload: Buffer, shape: SegmentShape, wanted: Wanted, seal: SegmentSeal
+) -> CorruptData | None:
+    try:
+        open_sealed_page(
+            header, payload, shape, page=wanted.page, generation=wanted.generation, seal=seal
+        )
     except CorruptData as error:
         return error
     return None

@@ -23,42 +23,25 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
 
 from tierkv.core.errors import CorruptData, GeometryMismatch, TierFailed
 from tierkv.core.geometry import MIB, PagePlan
-from tierkv.core.tier import PageLabel, RecoveredPage
+from tierkv.core.tier import ColdUsage, PageLabel, RecoveredPage
 from tierkv.tiers.files.base import FileEngine
-from tierkv.tiers.segment_directory import EPOCH_SHIFT, SegmentDirectory, open_error, tier_error
+from tierkv.tiers.seals.base import Seal
+from tierkv.tiers.segment_directory import EPOCH_SHIFT, SegmentDirectory
+from tierkv.tiers.segment_errors import open_error, tier_errors
 from tierkv.tiers.segment_format import PageHeader
-from tierkv.tiers.segment_io import Fault, Payload, SegmentIO, Wanted
+from tierkv.tiers.segment_io import SCAN_THREADS, Fault, Payload, SegmentIO, Wanted
 
 logger = logging.getLogger(__name__)
 
 #: Scattered small pages are joined up to this much, so that a job is worth its hand-over.
 _JOIN_BYTES: Final = MIB
-
-
-@dataclass(frozen=True, slots=True)
-class ColdUsage:
-    """What the tier takes and did since it was opened; pages unless named otherwise."""
-
-    disk_bytes: int
-    segments: int
-    stored: int
-    quarantined: int
-    distrusted: int
-    pages_read: int
-    pages_written: int
-    pages_corrupt: int
-    pages_torn: int
-    io_errors: int
-    syncs: int
 
 
 class SegmentTier:
@@ -73,6 +56,8 @@ class SegmentTier:
         pages_max: int,
         segment_cold_pages: int = 16,
         inflight_max_bytes: int = 256 * MIB,
+        seal: Seal | None = None,
+        erase_payloads: bool = False,
     ) -> None:
         self.pages_max = pages_max
         self._files = files
@@ -84,8 +69,9 @@ class SegmentTier:
             fingerprint,
             pages_max=pages_max,
             pages_per_segment=segment_cold_pages * plan.cold_page_warm_pages,
+            seal=seal,
         )
-        self._io = SegmentIO(files, self._directory, plan)
+        self._io = SegmentIO(files, self._directory, plan, erase_payloads=erase_payloads)
         self._is_open = False
         self._findings: list[str] = []
         # Guarded by _lock:
@@ -93,6 +79,7 @@ class SegmentTier:
         self._generations = np.zeros(pages_max, dtype=np.uint64)
         self._next_generation = 0
         self._quarantined: set[int] = set()
+        self._half_written: set[int] = set()  # a write to them began, and did not return good
         self._distrusted: set[int] = set()
         self._unsynced: dict[int, set[int]] = {}
         self._erased: dict[int, set[int]] = {}  # by segment, since its last sync
@@ -114,17 +101,28 @@ class SegmentTier:
         return self._counts["io_errors"]
 
     @property
+    def failed_syncs(self) -> int:
+        """How often a segment could not be synced."""
+        with self._lock:
+            return self._failed_syncs.total()
+
+    @property
     def distrusted(self) -> frozenset[int]:
         """Pages lost to a failed sync and not written since."""
         with self._lock:
             return frozenset(self._distrusted)
+
+    @property
+    def withheld(self) -> list[int]:
+        """Pages that cannot be written: something else has taken their segment's name."""
+        return self._directory.withheld
 
     def open(self) -> list[RecoveredPage]:
         """Create or recover the tier: lock it, read every page header, return what is stored.
 
         After an unclean stop the newest pages, `inflight_max_bytes` of them, are read in full and
         the torn ones dropped. One key may be in two pages: the higher generation is the newer.
-        Raises TierFailed if the directory is in use, unsafe, or of another layout or format.
+        Raises TierFailed if the directory is in use, unsafe, or of another layout, format or key.
         """
         try:
             was_clean = self._directory.open()
@@ -157,19 +155,25 @@ class SegmentTier:
             first = self._next_generation
             self._next_generation += len(numbers)
             self._generations[numbers] = 0
+            self._half_written.update(numbers)
             self._lost_erasures.difference_update(numbers)
             failed_syncs = {segment: self._failed_syncs[segment] for segment in segments}
         headers = [
             PageHeader(page, first + index, label)
             for index, (page, label) in enumerate(zip(numbers, labels, strict=True))
         ]
-        with _tier_errors("cannot write to the cold tier", self._count_io_error):
-            for run in runs:
-                self._io.write_run([headers[i] for i in run], [payloads[i] for i in run])
+        with tier_errors("cannot write to the cold tier", self._count_io_error):
+            try:
+                for run in runs:
+                    self._io.write_run([headers[i] for i in run], [payloads[i] for i in run])
+            except OSError:
+                self._erase_all(numbers)
+                raise
         with self._lock:
             if any(self._failed_syncs[segment] != n for segment, n in failed_syncs.items()):
                 raise TierFailed("a sync failed while these pages were being written")
             self._generations[numbers] = np.arange(first, first + len(numbers), dtype=np.uint64)
+            self._half_written.difference_update(numbers)
             for page in numbers:
                 self._unsynced.setdefault(self._directory.shape.segment_of(page), set()).add(page)
                 self._quarantined.discard(page)
@@ -218,14 +222,14 @@ class SegmentTier:
 
         return verify
 
-    def sync(self) -> None:
+    def sync(self, *, failures_before: int | None = None) -> None:
         """Make every page written so far durable.
 
-        Raises TierFailed if a segment cannot be synced, now or in a call that this one waited for;
-        its pages since its last good sync are then forgotten and listed in `distrusted`.
+        Raises TierFailed if a segment cannot be synced, now, in a call that this one waited for, or
+        since there were `failures_before`: its pages since its last good sync are `distrusted`.
         """
-        with self._lock:
-            failures_before = self._failed_syncs.total()
+        if failures_before is None:
+            failures_before = self.failed_syncs
         with self._syncing:
             self._erase_again()
             with self._lock:
@@ -250,13 +254,14 @@ class SegmentTier:
     def erase(self, pages: Sequence[int]) -> None:
         """Forget `pages` now, and, after the next good `sync`, over restarts too.
 
-        Headers are zeroed; payload bytes stay on the disk until the slot is written again.
+        Headers are zeroed, and with `erase_payloads` what they name; else payload bytes stay on
+        the disk until the slot is written again.
         """
         self._expect_open()
         numbers = self._checked_pages(pages)
         with self._lock:
             self._generations[numbers] = 0
-        with _tier_errors("cannot erase in the cold tier", self._count_io_error):
+        with tier_errors("cannot erase in the cold tier", self._count_io_error):
             for page in numbers:
                 self._erase_header(page)
 
@@ -288,9 +293,9 @@ class SegmentTier:
         self._is_open = False
         is_clean = False
         try:
-            self._erase_untrusted()
+            is_erased = self._erase_all(self.quarantined | self.distrusted | self._half_written)
             self.sync()
-            is_clean = not self.distrusted
+            is_clean = is_erased and not self.distrusted
         finally:
             try:
                 self._directory.close(clean=is_clean)
@@ -392,19 +397,24 @@ class SegmentTier:
 
     def _erase_again(self) -> None:
         """Write anew what a failed sync may have dropped; locked, so that no write begins there."""
-        with _tier_errors("cannot erase in the cold tier", self._count_io_error), self._lock:
+        with tier_errors("cannot erase in the cold tier", self._count_io_error), self._lock:
             for page in sorted(self._lost_erasures):
                 self._note_erased(self._io.erase(page), page)
                 self._lost_erasures.discard(page)
 
-    def _erase_untrusted(self) -> None:
-        """Keep the next start from finding pages that this one gave up on."""
-        for page in self.quarantined | self.distrusted:
+    def _erase_all(self, pages: Iterable[int]) -> bool:
+        """Keep the next start from finding pages that this one gave up on; False if it may.
+
+        The header of a write that failed would be the newest of its blocks, before an older copy.
+        """
+        is_erased = True
+        for page in pages:
             try:
                 self._erase_header(page)
             except OSError as error:
-                # The slot's device is bad already; its page will fail to verify again.
                 logger.info("cold page left in place page=%d reason=%s", page, error)
+                is_erased = is_erased and page not in self._half_written
+        return is_erased
 
     def _count_io_error(self) -> None:
         with self._lock:
@@ -412,14 +422,14 @@ class SegmentTier:
 
     def _recover(self, was_clean: bool) -> list[RecoveredPage]:
         """Fill the tables from the headers on disk and start a new epoch."""
-        scan = self._io.scan()
+        scan = self._io.scan(threads=SCAN_THREADS)
         newest = max((header.generation for header in scan.headers), default=0)
         epoch = self._directory.begin(newest >> EPOCH_SHIFT)
         torn = {} if was_clean else self._torn_of(scan.headers)
         for page in (*scan.rejected, *torn):
             self._erase_header(page)
         kept = [header for header in scan.headers if header.page not in torn]
-        self._next_generation = epoch << EPOCH_SHIFT
+        self._next_generation = self._directory.first_generation(epoch)
         self._generations[:] = 0
         for header in kept:
             self._generations[header.page] = header.generation
@@ -438,12 +448,3 @@ class SegmentTier:
         newest = sorted(headers, key=lambda header: header.generation, reverse=True)[:count]
         faults = {h.page: self._io.fault_of(h.page, h.generation, deep=True) for h in newest}
         return {page: reason for page, reason in faults.items() if reason is not None}
-
-
-@contextmanager
-def _tier_errors(doing: str, count: Callable[[], None]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        count()
-        raise tier_error(doing, error) from error

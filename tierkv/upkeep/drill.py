@@ -5,6 +5,9 @@ itself is only read. What the copy must hold is told by the bytes of each page t
 anything was broken. Then the store's own cold tier opens the broken copy and is asked for all of
 them: each comes back with the same bytes and the same blocks, or it is a miss.
 
+A broken copy that shall be kept is a copy of that copy, made when the fault was made and before a
+start without it has put anything right.
+
     corrupt    bits flipped in pages' headers and payloads
     enospc     no write finds room; what is stored must still be served, also after a new start
     kill-disk  in the middle of reading, every call fails; all comes back with the disk
@@ -13,6 +16,7 @@ them: each comes back with the same bytes and the same blocks, or it is a miss.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
 import tempfile
@@ -31,6 +35,8 @@ from tierkv.core.units import format_bytes
 from tierkv.testing.files import Fault, FaultyFiles, from_then_on
 from tierkv.tiers.files.base import FileEngine, aligned_array
 from tierkv.tiers.files.portable import PortableFiles
+from tierkv.tiers.seals.base import Seal
+from tierkv.tiers.seals.without_key import WithoutKey
 from tierkv.tiers.segment_format import SegmentShape
 from tierkv.tiers.segment_io import Payload
 from tierkv.tiers.segments import SegmentTier
@@ -62,9 +68,17 @@ class Copy:
     root: Path
     plan: PagePlan
     shape: SegmentShape
+    seal: Seal | None
     pages_max: int
     sound: dict[int, Sound]
     damaged_before: int
+    #: Where it is copied once more when it is broken.
+    kept: Path | None
+
+    def keep(self) -> None:
+        """Copy it as it is now, if that is wanted."""
+        if self.kept is not None:
+            shutil.copytree(self.root, self.kept, dirs_exist_ok=True)
 
 
 @dataclass(slots=True)
@@ -105,11 +119,20 @@ class Outcome:
         self.lost |= served.missed - set(broken)
 
 
-def run_drill(path: Path, kind: DrillKind, *, seed: int, count: int = 16) -> list[Outcome]:
+def run_drill(
+    path: Path,
+    kind: DrillKind,
+    *,
+    seed: int,
+    count: int = 16,
+    key_file: Path | None = None,
+    keep: Path | None = None,
+) -> list[Outcome]:
     """Drill each layout's folder at `path`, with `count` pages broken in a copy of each.
 
-    Raises ConfigError for what is no cold directory, is in use, holds nothing, or where a copy
-    does not fit.
+    `keep`, which must not exist yet, becomes what `path` is, broken. Raises ConfigError for what is
+    no cold directory, is in use, holds nothing, is protected by another key or one that was not
+    given, or where a copy does not fit.
     """
     play = {
         DrillKind.CORRUPT: _corrupt,
@@ -117,13 +140,17 @@ def run_drill(path: Path, kind: DrillKind, *, seed: int, count: int = 16) -> lis
         DrillKind.KILL_DISK: _kill_disk,
     }[kind]
     outcomes = []
-    for root in layout_directories(path):
-        with _quiet(), _copied(root) as copy:
-            if not copy.sound:
-                raise ConfigError(f"{root} holds no page that verifies: nothing to drill with")
-            found = Outcome(root, kind, seed, len(copy.sound), copy.damaged_before)
-            play(copy, found, random.Random(seed), count)  # noqa: S311 - chance, not secrets
-            outcomes.append(found)
+    roots = layout_directories(path)
+    is_one = roots == [path.expanduser().absolute()]
+    with _quiet(), _keeping(keep, path) as kept:
+        for root in roots:
+            place = kept if kept is None or is_one else kept / root.name
+            with _copied(root, key_file, place) as copy:
+                if not copy.sound:
+                    raise ConfigError(f"{root} holds no page that verifies: nothing to drill with")
+                found = Outcome(root, kind, seed, len(copy.sound), copy.damaged_before)
+                play(copy, found, random.Random(seed), count)  # noqa: S311 - chance, not secrets
+                outcomes.append(found)
     return outcomes
 
 
@@ -132,6 +159,7 @@ def _corrupt(copy: Copy, found: Outcome, rng: random.Random, count: int) -> None
     with _engine(copy.root) as files:
         for page in broken:
             _flip_bits(files, copy.shape, page, rng)
+        copy.keep()
         with _opened(files, copy) as ask:
             served = ask(copy.sound)
     found.broken, found.noticed = len(broken), len(served.missed & set(broken))
@@ -151,6 +179,7 @@ def _enospc(copy: Copy, found: Outcome, rng: random.Random, count: int) -> None:
                 found.broken += 1
                 found.noticed += _is_refused(ask, page, label, rng, TierFull)
             found.judge(ask(copy.sound), rewritten)
+    copy.keep()
     _restart(copy, found, rewritten)
 
 
@@ -171,6 +200,7 @@ def _kill_disk(copy: Copy, found: Outcome, rng: random.Random, count: int) -> No
             is_refused = _is_refused(ask, after[0], label, rng, TierFailed)
     found.broken = len(after) + 1
     found.noticed = len(served.missed) + is_refused
+    copy.keep()
     _restart(copy, found, ())
 
 
@@ -221,9 +251,13 @@ class _Ask:
 @contextmanager
 def _opened(files: FileEngine, copy: Copy, *, more_pages: int = 0) -> Iterator[_Ask]:
     """The cold tier over a copy; a stop that fails is part of a drill."""
-    pages_max = copy.pages_max + more_pages
     tier = SegmentTier(
-        files, copy.plan, copy.shape.fingerprint, pages_max=pages_max, segment_cold_pages=1
+        files,
+        copy.plan,
+        copy.shape.fingerprint,
+        pages_max=copy.pages_max + more_pages,
+        segment_cold_pages=1,
+        seal=copy.seal,
     )
     ask = _Ask(tier, copy)
     try:
@@ -251,17 +285,50 @@ def _flip_bits(files: FileEngine, shape: SegmentShape, page: int, rng: random.Ra
 
 
 @contextmanager
-def _copied(root: Path) -> Iterator[Copy]:
-    """A copy beside `root`, with what it holds; removed in the end, whatever happens."""
-    with looking(root) as look:
+def _keeping(keep: Path | None, path: Path) -> Iterator[Path | None]:
+    """Where broken copies are put together; becomes `keep` if all went well, else is removed."""
+    if keep is None:
+        yield None
+        return
+    keep = keep.expanduser().absolute()
+    cure = "cure: name a folder that does not exist, outside of what is drilled"
+    if os.path.lexists(keep):
+        raise ConfigError(f"--keep {keep}: it exists; {cure}")
+    if keep.resolve().is_relative_to(path.expanduser().resolve()):
+        raise ConfigError(f"--keep {keep}: it lies in {path}; {cure}")
+    is_new = not keep.parent.exists()
+    try:
+        keep.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=COPY_PREFIX, dir=keep.parent))
+    except OSError as error:
+        raise ConfigError(f"--keep {keep}: it cannot be made: {error.strerror}; {cure}") from None
+    try:
+        yield made
+        made.rename(keep)
+    except BaseException:
+        shutil.rmtree(made)
+        if is_new:
+            keep.parent.rmdir()
+        raise
+
+
+@contextmanager
+def _copied(root: Path, key_file: Path | None, kept: Path | None) -> Iterator[Copy]:
+    """A copy beside `root`, with what it holds; removed in the end, whatever happens.
+
+    `kept` is where it is copied once more: an empty folder, or one that can be made.
+    """
+    with looking(root, key_file=key_file) as look:
+        if isinstance(look.seal, WithoutKey):
+            raise ConfigError(
+                f"{root} is protected by {look.seal.name}, and no store can be opened on a copy "
+                "without its key; cure: --key-file"
+            )
         segments = look.directory.segments.values()
         size = sum(look.files.size(segment.handle) for segment in segments)
-        free = shutil.disk_usage(root.parent).free
-        if size + _SPARE_BYTES > free:
-            raise ConfigError(
-                f"{root}: a copy takes {format_bytes(size)} beside it, and {format_bytes(free)} "
-                f"are free there; cure: free some space, or drill a smaller directory"
-            )
+        _require_room(root, root.parent, size * (1 + _is_beside(root, kept)))
+        if kept is not None:
+            _require_room(root, kept if kept.exists() else kept.parent, size)
         try:
             folder = Path(tempfile.mkdtemp(prefix=COPY_PREFIX, dir=root.parent))
         except OSError as error:
@@ -272,9 +339,23 @@ def _copied(root: Path) -> Iterator[Copy]:
             shutil.rmtree(folder)
             raise
     try:
-        yield _survey(folder)
+        yield _survey(folder, key_file, kept)
     finally:
         shutil.rmtree(folder)
+
+
+def _is_beside(root: Path, kept: Path | None) -> bool:
+    """Whether both copies are on one file system."""
+    return kept is not None and root.stat().st_dev == kept.parent.stat().st_dev
+
+
+def _require_room(root: Path, place: Path, size: int) -> None:
+    free = shutil.disk_usage(place).free
+    if size + _SPARE_BYTES > free:
+        raise ConfigError(
+            f"{root}: a copy takes {format_bytes(size)} in {place}, and {format_bytes(free)} are "
+            "free there; cure: free some space, or drill a smaller directory"
+        )
 
 
 def _copy_files(look: Look, folder: Path) -> None:
@@ -292,9 +373,9 @@ def _copy_files(look: Look, folder: Path) -> None:
             target.close(writer)
 
 
-def _survey(folder: Path) -> Copy:
+def _survey(folder: Path, key_file: Path | None, kept: Path | None) -> Copy:
     """What a copy holds, before anything is broken."""
-    with looking(folder) as look:
+    with looking(folder, key_file=key_file) as look:
         if look.pages_max > _PAGES_MAX:
             raise ConfigError(f"{folder}: {look.pages_max} pages are more than a drill can hold")
         out = page_array(look)
@@ -303,7 +384,7 @@ def _survey(folder: Path) -> Copy:
             if flaw is None:
                 sound[header.page] = Sound(_digest(out), header.label)
             damaged += flaw is not None
-        return Copy(folder, look.plan, look.shape, look.pages_max, sound, damaged)
+        return Copy(folder, look.plan, look.shape, look.seal, look.pages_max, sound, damaged, kept)
 
 
 @contextmanager

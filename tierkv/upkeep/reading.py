@@ -4,6 +4,9 @@ The code that looks is the store's own: `SegmentDirectory.open` and `SegmentIO.s
 engine that reads, and that only takes note of what it is told to write or remove. So what is said
 here about the next start is what the next start does. Single owner.
 
+A protected directory can be looked at without its key: then checksums are verified, which find
+faults, and not the tags, which find forgers.
+
 The lock is held all the while, where there is a lock file; one is not made, as that would be a
 change. A store that is started meanwhile is refused.
 """
@@ -22,9 +25,14 @@ from typing import Final
 from tierkv.core.errors import ConfigError, CorruptData, TierFailed
 from tierkv.core.geometry import ALIGN_BYTES, GIB, PagePlan
 from tierkv.tiers.files.base import FileEngine
-from tierkv.tiers.segment_directory import Manifest, SegmentDirectory
+from tierkv.tiers.seals import NO_SEAL, load_seal
+from tierkv.tiers.seals.base import Seal
+from tierkv.tiers.seals.without_key import WithoutKey
+from tierkv.tiers.segment_directory import SegmentDirectory
 from tierkv.tiers.segment_format import SegmentShape
+from tierkv.tiers.segment_header import SegmentHeader, parse_segment_header
 from tierkv.tiers.segment_io import Scan, SegmentIO
+from tierkv.tiers.segment_manifest import Manifest
 from tierkv.upkeep.looking_files import LookingFiles, reading_engine
 
 #: No page is larger, so a forged manifest cannot ask for all memory.
@@ -88,6 +96,8 @@ class Look:
     io: SegmentIO
     scan: Scan
     is_clean: bool
+    #: None where the directory has no protection; `WithoutKey` where no key was given.
+    seal: Seal | None
     flaws: list[Flaw]
 
 
@@ -104,8 +114,11 @@ class _Found(SegmentDirectory):
     def names(self) -> list[tuple[str, int]]:
         return self._segment_names()
 
-    def header(self, handle: int) -> tuple[SegmentShape, int]:
-        return self._read_segment_header(handle)
+    def header(self, handle: int) -> SegmentHeader:
+        return parse_segment_header(self._headers.read(handle))
+
+    def _expect_seal(self, text: bytes, manifest: Manifest) -> None:
+        """It says itself how it is protected; the rehearsal holds it to that."""
 
     def lock_holder(self) -> str:
         return self._lock_holder()
@@ -156,14 +169,19 @@ def _holds_segments(path: Path) -> bool:
 
 
 @contextmanager
-def looking(root: Path, *, before_read: Callable[[int], None] | None = None) -> Iterator[Look]:
+def looking(
+    root: Path,
+    *,
+    before_read: Callable[[int], None] | None = None,
+    key_file: Path | None = None,
+) -> Iterator[Look]:
     """Lock and open the folder of one layout and read its headers; changes nothing.
 
-    Raises ConfigError if it is in use, unsafe, or of another format.
+    Raises ConfigError if it is in use, unsafe, of another format, or of another key.
     """
     files = _files(root, before_read)
     try:
-        yield _look(root, files)
+        yield _look(root, files, key_file)
     finally:
         files.shutdown()
 
@@ -193,7 +211,7 @@ class _Survey:
 
     manifest: Manifest | None = None
     shape: SegmentShape | None = None
-    heads: dict[str, tuple[SegmentShape, int]] = field(default_factory=dict)
+    heads: dict[str, SegmentHeader] = field(default_factory=dict)
     numbers: dict[int, str] = field(default_factory=dict)
     flaws: list[Flaw] = field(default_factory=list)
 
@@ -204,7 +222,7 @@ class _Survey:
         self.flaws.append(Flaw(Weight.NOTE, file, what, cure))
 
 
-def _look(root: Path, files: LookingFiles) -> Look:
+def _look(root: Path, files: LookingFiles, key_file: Path | None) -> Look:
     survey = _Survey()
     found = _Found(files)
     _survey_manifest(root, files, found, survey)
@@ -234,19 +252,22 @@ def _look(root: Path, files: LookingFiles) -> Look:
         cold_page_warm_pages=shape.pages_per_segment,
     )
     pages_max = (max([0, *survey.numbers]) + 1) * shape.pages_per_segment
+    seal = _seal_of(survey, shape.protection, key_file)
     directory = _Rehearsed(
         files,
         plan,
         shape.fingerprint,
         pages_max=pages_max,
         pages_per_segment=shape.pages_per_segment,
+        seal=seal,
     )
+    io = SegmentIO(files, directory, plan)
     try:
         is_clean = directory.open()
+        scan = io.scan()
     except (OSError, TierFailed) as error:
         raise ConfigError(f"{root}: {error}") from None
     _survey_lengths(files, directory, survey)
-    io = SegmentIO(files, directory, plan)
     if not is_clean and manifest is not None:
         cure = "none is needed: the next start verifies the newest pages; --deep does so now"
         survey.note("manifest", "the last store did not stop cleanly", cure)
@@ -259,10 +280,20 @@ def _look(root: Path, files: LookingFiles) -> Look:
         manifest=manifest,
         directory=directory,
         io=io,
-        scan=io.scan(),
+        scan=scan,
         is_clean=is_clean,
+        seal=seal,
         flaws=survey.flaws,
     )
+
+
+def _seal_of(survey: _Survey, protection: str, key_file: Path | None) -> Seal | None:
+    """The seal that a directory names. ConfigError for a key that cannot be used."""
+    if protection == NO_SEAL and key_file is not None:
+        survey.note("manifest", "it is not protected, so the key was not used", "none is needed")
+    if protection != NO_SEAL and key_file is None:
+        return WithoutKey(protection)
+    return load_seal(protection, key_file)
 
 
 def _survey_manifest(root: Path, files: LookingFiles, found: _Found, survey: _Survey) -> None:
@@ -306,6 +337,7 @@ def _shape_of(manifest: Manifest) -> SegmentShape:
         fingerprint=fingerprint,
         store_id=bytes.fromhex(manifest.store_id),
         pages_per_segment=manifest.pages_per_segment,
+        protection=manifest.protection,
     )
 
 
@@ -325,19 +357,21 @@ def _survey_segments(files: LookingFiles, found: _Found, survey: _Survey) -> Non
         except CorruptData as error:
             survey.damage(name, f"its header: {error}", REWRITE)
         except OSError as error:
-            survey.damage(name, f"its header cannot be read: {error}", DISK)
+            is_sealed = survey.shape is not None and survey.shape.protection != NO_SEAL
+            lost = _segment_blocks(survey) if is_sealed else 0  # the salt is in it
+            survey.damage(name, f"its header cannot be read: {error}", DISK, blocks=lost)
         finally:
             files.close(handle)
     if survey.shape is None:
-        survey.shape = next((shape for shape, _ in survey.heads.values()), None)
+        survey.shape = next((head.shape for head in survey.heads.values()), None)
 
 
 def _compare(survey: _Survey, shape: SegmentShape) -> None:
     """Which segments are of another store or place, and which are missing."""
     for number, name in survey.numbers.items():
         head = survey.heads.get(name)
-        if head is not None and head != (shape, number):
-            what = f"it is segment {head[1]} of store {head[0].store_id.hex()}"
+        if head is not None and (head.shape, head.number) != (shape, number):
+            what = f"it is segment {head.number} of store {head.shape.store_id.hex()}"
             cure = "move it away to keep it: the next start removes it, as no page of it is ours"
             survey.damage(name, what, cure, blocks=_segment_blocks(survey))
     if survey.manifest is None:

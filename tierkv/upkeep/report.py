@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from tierkv.tiers.files.base import aligned_array
+from tierkv.tiers.seals import NO_SEAL
+from tierkv.tiers.seals.without_key import WithoutKey
 from tierkv.tiers.segment_format import PageHeader
 from tierkv.tiers.segment_io import Fault, Payload, Wanted
 from tierkv.upkeep.lineage import reachable, roots_are_known
@@ -45,6 +47,9 @@ class LayoutReport:
     store_id: str
     is_clean: bool
     is_deep: bool
+    protection: str
+    #: Whether tags were verified; without the key only checksums were. True where there are none.
+    has_key: bool
     segments: int
     disk_bytes: int
     warm_page_bytes: int
@@ -81,6 +86,8 @@ class LayoutReport:
             "fingerprint": self.fingerprint,
             "store_id": self.store_id,
             "clean_stop": self.is_clean,
+            "protection": self.protection,
+            "key_used": self.has_key if self.protection != NO_SEAL else None,
             "segments": self.segments,
             "disk_bytes": self.disk_bytes,
             "warm_page_bytes": self.warm_page_bytes,
@@ -105,14 +112,15 @@ def examine(
     *,
     deep: bool,
     before_read: Callable[[int], None] | None = None,
+    key_file: Path | None = None,
 ) -> list[LayoutReport]:
     """Check every layout's folder at `path`, with `deep` every payload too; changes nothing.
 
-    Raises ConfigError for what is no cold directory, or is in use.
+    Raises ConfigError for what is no cold directory, is in use, or is not of the key.
     """
     reports = []
     for root in layout_directories(path):
-        with looking(root, before_read=before_read) as look:
+        with looking(root, before_read=before_read, key_file=key_file) as look:
             flaws = header_flaws(look)
             if deep:
                 flaws += [flaw for _, flaw in payload_flaws(look, look.scan.headers) if flaw]
@@ -152,6 +160,8 @@ def report_of(look: Look, flaws: list[Flaw], *, is_deep: bool) -> LayoutReport:
         store_id=shape.store_id.hex(),
         is_clean=look.is_clean,
         is_deep=is_deep,
+        protection=shape.protection,
+        has_key=not isinstance(look.seal, WithoutKey),
         segments=len(look.directory.segments),
         disk_bytes=sum(look.files.allocated(s.handle) for s in look.directory.segments.values()),
         warm_page_bytes=shape.warm_page_bytes,

@@ -76,6 +76,7 @@ class Scrub:
     path: Path
     bytes_per_s: int
     listener: Listener
+    key_file: Path | None = None
     progress_directory: Path = field(default_factory=default_progress_directory)
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -101,7 +102,7 @@ class Scrub:
         file = progress_file(self.progress_directory, root)
         progress: Progress | None = None
         try:
-            with looking(root, before_read=pace.take) as look:
+            with looking(root, before_read=pace.take, key_file=self.key_file) as look:
                 progress = load_progress(file, look.shape.store_id.hex())
                 self.listener.began(root, progress.next_page, look.pages_max)
                 report = self._read(look, progress, file)

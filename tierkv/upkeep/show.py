@@ -11,6 +11,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from tierkv.core.units import format_bytes
+from tierkv.tiers.seals import NO_SEAL
 from tierkv.upkeep.reading import Flaw, Weight
 from tierkv.upkeep.report import LayoutReport
 
@@ -40,6 +41,8 @@ def show_report(console: Console, report: LayoutReport) -> None:
     table = table_of("what", "found")
     table.add_row("layout", report.fingerprint[:16])
     table.add_row("last stop", "clean" if report.is_clean else "not clean")
+    if report.protection != NO_SEAL:
+        table.add_row("protection", _protection(report))
     size = format_bytes(report.disk_bytes)
     table.add_row("segments", f"{report.segments}, {size} on disk")
     page = format_bytes(report.warm_page_bytes)
@@ -54,6 +57,15 @@ def show_report(console: Console, report: LayoutReport) -> None:
     if report.flaws:
         console.print(flaw_table(report.flaws))
     console.print(verdict(report), soft_wrap=True)
+
+
+def _protection(report: LayoutReport) -> str:
+    if report.has_key:
+        return f"{escape(report.protection)}, tags verified with the key"
+    return (
+        f"{escape(report.protection)}, looked at without the key: checksums find faults, forged "
+        "pages are not found (--key-file does)"
+    )
 
 
 def _recovery(report: LayoutReport) -> str:
@@ -98,7 +110,8 @@ def verdict(report: LayoutReport) -> str:
     damage = report.damage
     if not damage:
         depth = "headers and payloads" if report.is_deep else "headers"
-        return f"ok: {depth} verify; nothing was changed"
+        found = f"{depth} verify" if report.has_key else f"checksums of {depth} verify, not tags"
+        return f"ok: {found}; nothing was changed"
     lost = sum(flaw.blocks for flaw in damage)
     return (
         f"damaged: {len(damage)} findings with at most {lost} blocks; a read of them is a miss, "
@@ -125,6 +138,11 @@ def show_outcome(console: Console, outcome: DrillOutcome) -> None:
     else:
         pages = ", ".join(map(str, sorted(outcome.wrong | outcome.lost)[:16])) or "none by number"
         console.print(f"[bold red]NOT held[/]: pages {pages}; please report this, with the seed")
+
+
+def show_kept(console: Console, folder: Path) -> None:
+    """Say where a drill has left its broken copy."""
+    console.print(f"the broken copy is kept in {escape(str(folder))}", soft_wrap=True)
 
 
 class ScrubWords:

@@ -43,8 +43,13 @@ def choose_engine(root: Path, wanted: str = "auto") -> FileEngine:
             continue
         reason = engine.probe(root)
         if reason is None:
-            logger.info("file engine chosen engine=%s root=%s", name, root)
-            return engine(root)
+            try:
+                chosen = engine(root)
+            except OSError as error:  # the root is another one since it was probed
+                reason = str(error)
+            else:
+                logger.info("file engine chosen engine=%s root=%s", name, root)
+                return chosen
         logger.info("file engine passed over engine=%s reason=%s", name, reason)
         reasons.append(f"{name}: {reason}")
     cure = "choose another directory" if wanted == "auto" else "try cold.engine: auto"

@@ -20,9 +20,10 @@ from itertools import count
 from pathlib import Path
 
 from tierkv.tiers.files.base import Buffer, aligned_array, check_name
+from tierkv.tiers.files.beneath import open_beneath, open_directory
 
 #: O_NONBLOCK keeps a pipe or device that took a file's place from blocking the open.
-_OPEN_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_OPEN_FLAGS = os.O_RDWR | os.O_NONBLOCK
 
 
 class RootedFiles(ABC):
@@ -178,7 +179,7 @@ class RootedFiles(ABC):
         flags |= _OPEN_FLAGS | (os.O_CREAT if create else 0)
         path = str(self._root / check_name(name))
         try:
-            fd = os.open(name, flags, 0o600, dir_fd=self._root_fd)
+            fd = open_beneath(name, flags, self._root_fd)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from error
         reason = _refusal(os.fstat(fd))
@@ -205,13 +206,9 @@ def _open_root(root: Path) -> int:
 
     A link in its place is followed if we made it: it is how a directory is moved to another disk.
     """
-    owner = root.lstat().st_uid if root.is_symlink() else os.geteuid()
-    if owner != os.geteuid():
-        words = f"refused: it is a link of uid {owner}, not of ours (uid {os.geteuid()})"
-        raise OSError(errno.EPERM, f"{words}; cure: remove the link", str(root))
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _make_directory(root)
+        fd = open_directory(str(root), _link_refusal)
     except OSError as error:
         words = f"{error.strerror}; cure: a directory of yours there, or another place"
         raise OSError(error.errno, words, error.filename) from error
@@ -225,6 +222,23 @@ def _open_root(root: Path) -> int:
         os.close(fd)
         raise OSError(errno.EPERM, f"refused: {reason}", str(root))
     return fd
+
+
+def _make_directory(path: Path) -> None:
+    """Make it, mode 0700, and what is missing above it; one by one, as `parents=True` recurses."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:
+        for parent in reversed(path.parents):
+            parent.mkdir(exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def _link_refusal(status: os.stat_result) -> str | None:
+    """Why a link in the root's place is not followed, or None."""
+    if status.st_uid == os.geteuid():
+        return None
+    return f"refused: it is a link of uid {status.st_uid}, not of ours (uid {os.geteuid()})"
 
 
 def _refusal(status: os.stat_result) -> str | None:
