@@ -13,6 +13,7 @@ from tierkv.core.transfer import Urgency
 from tierkv.transfer.lane import Job, Lane, PolledLane, Started
 
 DEADLINE_S = 10.0
+DEMAND = Urgency.DEMAND
 
 
 class Watched:
@@ -66,6 +67,34 @@ def test_every_job_runs_once_within_the_bound(
     assert sorted(watched.ran) == list(range(len(sizes)))
     assert sorted(watched.after) == list(range(0, len(sizes), 2))
     assert all(size <= bytes_max for jobs, size in watched.most if jobs > 1)
+
+
+def test_a_lane_behind_a_busy_one_has_one_job_under_way_and_then_as_many_as_fit() -> None:
+    gate, before, watched = threading.Event(), threading.Event(), Watched()
+    first = Lane("first", threads=1, inflight_bytes_max=1)
+    lane = Lane("second", threads=4, inflight_bytes_max=100, behind=first)
+    assert not first.is_busy
+    first.submit([Job(0, 1, lambda: before.set() or (gate.wait(DEADLINE_S) and None))], DEMAND)
+    assert before.wait(DEADLINE_S)
+    lane.submit([watched.job(n, 10) for n in range(20)], Urgency.DEMOTE)
+    wait_for(lambda: len(watched.ran) == 20)
+    assert first.is_busy
+    assert max(jobs for jobs, _ in watched.most) == 1
+
+    gate.set()
+    wait_for(lambda: not first.is_busy)
+    together = threading.Barrier(4)  # breaks unless four are under way at the same time
+    lane.submit([Job(n, 10, lambda: together.wait(DEADLINE_S) and None) for n in range(4)], DEMAND)
+    first.close()
+    lane.close()
+    assert not together.broken
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.001)
 
 
 def test_demand_overtakes_what_is_queued() -> None:

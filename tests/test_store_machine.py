@@ -44,14 +44,14 @@ RULES = int(os.environ.get("TIERKV_RULES", "50000"))
 STEPS = 100
 
 
-def config_of(host: int, cold: int, device: int) -> Config:
+def config_of(host: int, cold: int, device: int, *, zero_freed: bool = False) -> Config:
     page = 8192  # four blocks of two tokens: 2 layers x 2 x 2 x 64 x 4 bytes
     return Config.model_validate(
         {
             "block_tokens": 2,
             "pages": {"hot": 512, "warm": page, "cold": 4 * page},
             "tiers": {
-                "host": {"capacity": host * page, "hugepages": "off"},
+                "host": {"capacity": host * page, "hugepages": "off", "zero_freed": zero_freed},
                 "device": {"capacity": device * page, "device": "cpu"},
                 "cold": {
                     "capacity": cold * page,
@@ -79,11 +79,19 @@ class StoreMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2**16),
         faulty=st.booleans(),
         staged=st.booleans(),
+        zero_freed=st.booleans(),
     )
     def begin(
-        self, host: int, cold: int, device: int, seed: int, faulty: bool, staged: bool = False
+        self,
+        host: int,
+        cold: int,
+        device: int,
+        seed: int,
+        faulty: bool,
+        staged: bool = False,
+        zero_freed: bool = False,
     ) -> None:
-        self.config = config_of(host, cold, device)
+        self.config = config_of(host, cold, device, zero_freed=zero_freed)
         self.layout = Layout(GEOMETRY, block_tokens=2, targets=self.config.pages.targets)
         self.disk = MemoryFiles(ROOT, seed=seed)
         self.schedule = at_rates(seed, RATES) if faulty else None

@@ -2,7 +2,8 @@
 
 Looks only: nothing is started, no setting is changed, torch is not imported. All that is written
 are probe files (16 KiB for each file engine, 64 MiB for the disk's rates) in the directory that is
-asked about; each is removed again. What is beneath Python is `tierkv.doctor_hardware`'s part.
+asked about; each is removed again. Status files that dead stores left behind are removed too. What
+is beneath Python is `tierkv.doctor_hardware`'s part.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from tierkv.doctor_hardware import DeviceDriver, Finding, State, hardware
 from tierkv.tiers.files import FILE_ENGINES, is_for_auto
 from tierkv.tiers.files.base import FileEngine, aligned_array
 from tierkv.tiers.files.direct import DirectFiles
+from tierkv.transfer.breaker import State as BreakerState
+from tierkv.transfer.status import Status, living_stores
 
 __all__ = ["REMOTE_OR_MEMORY", "Finding", "State", "examine"]
 
@@ -57,6 +60,7 @@ def examine(
     """
     found = [_python(), _torch(), _cores(), _ram()]
     found += hardware(profiles or _kept_profiles(), load=load)
+    found += stores()
     try:
         found += _directory_findings(directory.expanduser().absolute())
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory, a loop of links
@@ -97,6 +101,31 @@ def _ram() -> Finding:
     if free < GIB:
         return Finding("RAM", State.NOTE, detail, "lower tiers.host.capacity")
     return Finding("RAM", State.OK, detail)
+
+
+def stores() -> list[Finding]:
+    """Every store of this user that is open on this machine, and how its cold tier's disk does."""
+    found = living_stores()
+    if not found:
+        return [Finding("stores", State.OK, "none of this user is open here")]
+    return [_store(status) for status in found]
+
+
+def _store(status: Status) -> Finding:
+    """The breaker leaves a disk alone that fails or hangs; what lies there are misses then."""
+    state = BreakerState(status.state)
+    since, written = (
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+        for seconds in (status.since, status.written)
+    )
+    name = f"store, pid {status.pid}"
+    detail = f"{status.directory}, breaker {state.name.lower().replace('_', '-')}"
+    if state is BreakerState.CLOSED:
+        detail = f"{detail} since {since}, {status.skipped} transfers skipped before"
+        return Finding(name, State.OK, detail)
+    detail = f"{detail}, not closed since {since}, {status.skipped} transfers skipped by {written}"
+    cure = "see the kernel's log (dmesg) and the disk's health; it is tried again by itself"
+    return Finding(name, State.NOTE, detail, cure)
 
 
 def _directory_findings(directory: Path) -> Iterator[Finding]:

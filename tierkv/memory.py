@@ -64,6 +64,8 @@ class Memory:
 
     def fill(self, fill: Fill, rows: Rows) -> None:
         """Write what a `Fill` asks for; `rows` are the blocks that were offered."""
+        for page, opening in fill.fresh:
+            self.host.clear(page, opening)
         spans = _spans_in_rows(fill)
         if fill.tier is TierId.HOST:
             self.host.write(spans, rows if isinstance(rows, np.ndarray) else rows.cpu().numpy())

@@ -107,10 +107,14 @@ class Reader:
             parts = self._runtime.planner.located(held.lease)
         return Lease(self, held, parts)
 
+    def no_lease(self) -> Lease:
+        """A lease of nothing."""
+        return Lease(self, None, [])
+
     def release(self, *leases: Held | None) -> None:
         """Let leases go."""
         runtime = self._runtime
-        with runtime.lock:
+        with runtime.guard, runtime.lock:
             for held in leases:
                 if held is not None:
                     runtime.handle(ev.Release(held.lease))
@@ -156,9 +160,9 @@ class Reader:
 class Lease:
     """Blocks of a match, pinned in memory. A context manager; views die with it."""
 
-    def __init__(self, reader: Reader, held: Held, parts: list[Located]) -> None:
+    def __init__(self, reader: Reader, held: Held | None, parts: list[Located]) -> None:
         self._reader = reader
-        self._held: Held | None = held
+        self._held = held
         self._parts = parts
         last = parts[-1].spans[-1] if parts else None
         self.blocks = last.index + last.count if last else 0

@@ -3,17 +3,26 @@
 An event goes to the planner, its transfers go to the engine, what ended comes back as an event.
 Every method that changes something is called with `lock` held; waiting is done without it. No I/O
 and no copy of KV bytes happens under the lock.
+
+An event that raises half way (no memory, a bug) leaves tables that may say anything, a wrong place
+for a block too. So the runtime gives up then: from there on every call of the store is a miss, and
+`GaveUp` ends in it, until the store is closed and opened again. What was durable is found then.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import stat
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Final
 
-from tierkv.core.errors import StoreClosed
+from tierkv.core.errors import ConfigError, GaveUp, StoreClosed, TierKVError
 from tierkv.core.transfer import Transfer, Urgency
 from tierkv.plan import events as ev
 from tierkv.plan.event_log import entry_line, head_line
@@ -22,6 +31,11 @@ from tierkv.plan.spec import PlanSpec
 from tierkv.transfer.engine import TransferEngine
 
 _LOG_LINES_MAX: Final = 4096
+
+logger = logging.getLogger(__name__)
+
+#: How Python and numpy say that there is no memory: not all of their code names it.
+_NO_MEMORY: Final = (MemoryError, SystemError)
 
 #: Instructions that the calling method carries out itself.
 _FOR_CALLERS: Final = frozenset({ev.Fill, ev.Grant, ev.Short, ev.Erase})
@@ -37,18 +51,27 @@ class Runtime:
         self.engine = engine
         self.lock = threading.Lock()
         self.is_closed = False
+        self.gave_up = False
+        self.guard = _Guard(self)
         self._demand_ns = int(demand_s * 1e9)
         self._log_path = log
         self._log: list[bytes] | None = None
         if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_bytes(head_line(spec))
+            _begin_log(log, head_line(spec))
             self._log = []
 
     def handle(self, event: ev.AnyEvent) -> list[ev.AnyInstruction]:
         """One event to the planner, its transfers to the engine. Call with the lock held."""
-        if self.is_closed:
-            raise StoreClosed("the store is closed")
+        self._expect_usable()
+        try:
+            return self._handle(event)
+        except TierKVError:
+            raise  # misuse, and nothing was changed
+        except BaseException:
+            self.gave_up = True
+            raise
+
+    def _handle(self, event: ev.AnyEvent) -> list[ev.AnyInstruction]:
         now = time.monotonic_ns()
         out = self.planner.handle(event, now)
         if self._log is not None:
@@ -68,13 +91,23 @@ class Runtime:
 
     def pump(self) -> None:
         """Feed ended transfers to the planner. Call with the lock held."""
-        if self.is_closed:
-            raise StoreClosed("the store is closed")
+        self._expect_usable()
         if not self.engine.has_results:
             return
-        for result in self.engine.poll():
-            self.handle(ev.TransferDone(result.transfer, result.outcomes))
+        try:
+            for result in self.engine.poll():
+                self._handle(ev.TransferDone(result.transfer, result.outcomes))
+        except BaseException:
+            self.gave_up = True
+            raise
         self.engine.wake()
+
+    def _expect_usable(self) -> None:
+        if self.is_closed:
+            raise StoreClosed("the store is closed")
+        if self.gave_up or self.engine.has_failed:
+            self.gave_up = True
+            raise GaveUp("an event was left half done; cure: close the store and open it again")
 
     def wait(self, transfers: Sequence[int], deadline: float) -> bool:
         """Until these transfers have ended and the planner knows; False at the deadline."""
@@ -105,5 +138,52 @@ class Runtime:
         if force or len(self._log) > _LOG_LINES_MAX:
             with self.lock:
                 lines, self._log = self._log, []
-            with self._log_path.open("ab") as file:
-                file.writelines(lines)
+            try:
+                with self._log_path.open("ab") as file:
+                    file.writelines(lines)
+            except OSError as error:  # a full disk costs the log, and nothing else
+                logger.warning("event log ends here error=%s", error)
+                with self.lock:
+                    self._log = None
+
+
+class _Guard:
+    """Around a call of the store: `GaveUp` ends here, and whoever gives up in the middle is noted.
+
+    One for all calls and threads, made beforehand: it must work where there is no memory.
+    """
+
+    __slots__ = ("_runtime",)
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if kind is None:
+            return False
+        if issubclass(kind, _NO_MEMORY):
+            self._runtime.gave_up = True  # a pin may have no owner now
+        return issubclass(kind, GaveUp)
+
+
+def _begin_log(path: Path, head: bytes) -> None:
+    """Make an event log with its first line. Raises ConfigError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # O_NONBLOCK: a pipe in its place would be waited for.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            file.truncate(0)
+            file.write(head)
+    except OSError as error:
+        raise ConfigError(f"event_log: {error}; cure: another file, or null") from error

@@ -23,6 +23,7 @@ from tierkv.config import Config
 from tierkv.core.errors import ConfigError, TierKVError
 from tierkv.core.geometry import Layout
 from tierkv.core.keys import BlockKey, Tokens
+from tierkv.core.tier import TierId
 from tierkv.memory import Memory, Rows
 from tierkv.plan import events as ev
 from tierkv.plan.events import Hint, HintKind
@@ -56,9 +57,10 @@ class Store:
         self._runtime = Runtime(parts.spec, parts.engine, demand_s=demand_s, log=config.event_log)
         self._memory = Memory(self.plan, parts.host, parts.device)
         self._reader = Reader(self._runtime, self._memory, demand_s=demand_s)
-        if parts.recovered:
+        withheld = parts.cold.withheld if parts.cold else []
+        if parts.recovered or withheld:
             with self._runtime.lock:
-                self._runtime.handle(ev.Recovered(parts.recovered))
+                self._runtime.handle(ev.Recovered(parts.recovered, withheld))
 
     @classmethod
     def open(
@@ -80,9 +82,12 @@ class Store:
                 f"the layout has blocks of {layout.block_tokens} tokens and {layout.targets}, the "
                 f"configuration {config.block_tokens} and {config.pages.targets}; take them from it"
             )
-        return cls(
-            config, layout, assemble(config, layout, files_for=files_for, staging_for=staging_for)
-        )
+        parts = assemble(config, layout, files_for=files_for, staging_for=staging_for)
+        try:
+            return cls(config, layout, parts)
+        except BaseException:
+            parts.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +117,8 @@ class Store:
     def match_keys(self, keys: Sequence[BlockKey], *, namespace: str = "default") -> Match:
         """As `match`, for keys that are already at hand."""
         runtime, step = self._runtime, self.plan.block_tokens
-        with runtime.lock:
+        counts: dict[TierId, int] = {}
+        with runtime.guard, runtime.lock:
             runtime.pump()
             counts = runtime.planner.match_counts(keys)
         by_tier = {tier.label: count * step for tier, count in counts.items()}
@@ -127,14 +133,18 @@ class Store:
         blocks were lost or evicted meanwhile, or did not arrive before
         `transfer.demand_deadline_ms`; what lies beyond n in `out` is undefined then.
         """
-        return self._reader.get(match, out, first_block)
+        with self._runtime.guard:
+            return self._reader.get(match, out, first_block)
+        return 0
 
     def lease(self, match: Match, *, first_block: int = 0) -> Lease:
         """Bring blocks ``first_block ..`` of a match into memory and keep them until it is left.
 
         It may hold fewer blocks than the match: see `get`, which needs less memory at a time.
         """
-        return self._reader.lease(match, first_block)
+        with self._runtime.guard:
+            return self._reader.lease(match, first_block)
+        return self._reader.no_lease()
 
     # ---- writing
 
@@ -159,6 +169,11 @@ class Store:
         namespace: str = "default",
     ) -> int:
         """As `put`, for keys that are already at hand."""
+        with self._runtime.guard:
+            return self._put(keys, data, first_block, namespace)
+        return 0
+
+    def _put(self, keys: Sequence[BlockKey], data: Rows, first_block: int, namespace: str) -> int:
         runtime = self._runtime
         rows = self._memory.rows_of(data)
         chain = list(keys[: first_block + rows.shape[1]])
@@ -189,17 +204,19 @@ class Store:
 
     def hint(self, hint: Hint) -> None:
         """Tell what is known of a prefix's future; see `HintKind`."""
-        with self._runtime.lock:
-            self._runtime.pump()
-            out = self._runtime.handle(hint)
-        self._erase(out)
+        with self._runtime.guard:
+            with self._runtime.lock:
+                self._runtime.pump()
+                out = self._runtime.handle(hint)
+            self._erase(out)
 
     def step(self) -> None:
         """Once per engine step: take in what transfers brought, let time pass."""
-        with self._runtime.lock:
-            self._runtime.pump()
-            out = self._runtime.handle(ev.Tick())
-        self._erase(out)
+        with self._runtime.guard:
+            with self._runtime.lock:
+                self._runtime.pump()
+                out = self._runtime.handle(ev.Tick())
+            self._erase(out)
         self._runtime.write_log()
 
     def flush(self, *, deadline_s: float | None = None) -> bool:
@@ -210,7 +227,11 @@ class Store:
         """
         if deadline_s is None:
             deadline_s = self.config.transfer.flush_deadline_ms / 1e3
-        deadline = time.monotonic() + deadline_s
+        with self._runtime.guard:
+            return self._flush(time.monotonic() + deadline_s)
+        return False
+
+    def _flush(self, deadline: float) -> bool:
         runtime = self._runtime
         movement = runtime.planner.movement
         if self._cold is None:
@@ -218,7 +239,7 @@ class Store:
         runtime.engine.breaker.try_now()
         with runtime.lock:
             runtime.pump()
-            wanted = movement.unsaved()
+            wanted = movement.unsaved()  # what others put from here on is for the next flush
         before: int | None = None
         while True:
             with runtime.lock:
@@ -228,12 +249,12 @@ class Store:
                     break  # all is there, or what was tried did not land: the disk refuses
                 runtime.handle(ev.Flush())
                 pending = movement.going_down()
-                is_filling = bool(runtime.planner.tickets)
+                is_filling = bool(runtime.planner.tickets) and time.monotonic() < deadline
             if pending:
-                before = left
+                before = None if is_filling else left  # such a page was not tried
                 if not runtime.wait(pending, deadline):
                     return False
-            elif is_filling and time.monotonic() < deadline:
+            elif is_filling:
                 time.sleep(_FILL_S)  # somebody copies blocks into such a page
             else:
                 break
@@ -246,20 +267,29 @@ class Store:
         with runtime.lock:
             self._syncs += 1
             number = self._syncs
+            # Another call's sync may have failed already, or may until ours begins.
+            failures = self._cold.failed_syncs
+            self._distrust()
             # Now, as the sync covers only what is there when it begins.
             is_there = not runtime.planner.movement.moves_to_save(wanted)
             runtime.handle(ev.Syncing(number))
         try:
-            self._cold.sync()
+            self._cold.sync(failures_before=failures)
         except TierKVError as error:
             logger.warning("sync failed, unsynced pages are forgotten error=%s", error)
-            lost = sorted(self._cold.distrusted)
             with runtime.lock:
-                runtime.handle(ev.Distrust(lost))
+                self._distrust()
             return False
         with runtime.lock:
-            runtime.handle(ev.Synced(number))
+            out = runtime.handle(ev.Synced(number))
+        self._erase(out)
         return is_there
+
+    def _distrust(self) -> None:
+        """Forget the pages that failed syncs have lost. Call with the lock held."""
+        lost = self._cold.distrusted if self._cold else ()
+        if lost:
+            self._runtime.handle(ev.Distrust(sorted(lost)))
 
     def _erase(self, instructions: Iterable[ev.AnyInstruction]) -> None:
         for item in instructions:
@@ -285,7 +315,8 @@ class Store:
     def snapshot(self) -> dict[str, dict[str, int]]:
         """Counters by name, what each tier holds, and what each link gives.
 
-        "tiers" has "cold,breaker_state" too: 0 closed, 1 half-open, 2 open.
+        "tiers" has "cold,breaker_state" too: 0 closed, 1 half-open, 2 open; and "gave_up", 1 once
+        an event was left half done (no memory): all is a miss until the store is opened again.
 
         "tiers" has keys as "host,used_bytes", "links" as "cold,host,bytes_per_second"; a link is
         there once something was moved on it. On CUDA the bytes that crossed the link to the device,
@@ -312,10 +343,16 @@ class Store:
         host = self._parts.host
         tiers["host,pinned_bytes"] = host.pinned_pages * self.plan.warm_page_bytes
         tiers["host,recalled_bytes"] = host.recalled_bytes
+        tiers["gave_up"] = int(self._runtime.gave_up)
         if self._cold is not None:
             tiers["cold,breaker_state"] = engine.breaker.state
             tiers["cold,breaker_skipped"] = engine.breaker.skipped
-            tiers["cold,disk_bytes"] = self._cold.usage().disk_bytes
+            usage = self._cold.usage()
+            tiers["cold,disk_bytes"] = usage.disk_bytes
+            tiers["cold,pages_corrupt"] = usage.pages_corrupt
+            tiers["cold,pages_torn"] = usage.pages_torn
+            tiers["cold,io_errors"] = usage.io_errors
+            tiers["cold,quarantined"] = usage.quarantined
         return {**found, "tiers": tiers, "links": links}
 
     def check(self) -> None:

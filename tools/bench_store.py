@@ -11,20 +11,26 @@ chunk by O_DIRECT with 4 threads. `--check` exits 1 and names the rows below the
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
-import json
 import shutil
-import sys
-import tempfile
 import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measuring import Bytes, Pairs, RawFiles, Row, aligned, best_of, copy_each, show
+from measuring import (
+    Bytes,
+    Pairs,
+    RawFiles,
+    Row,
+    aligned,
+    best_of,
+    copy_each,
+    options_of,
+    report,
+    scratch,
+)
 from peer_lmcache import peer_rows
 
 from tierkv.assembly import assemble
@@ -41,19 +47,14 @@ FALCON_7B = KVGeometry(layers=32, kv_heads=1, head_dim=64)  # 8 tokens are a blo
 
 def main() -> int:
     """Run the chosen rows; see the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the bytes, more noise")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a reach is missed")
-    parser.add_argument("--rows", default="host,latency,lookup,packing,cold")
-    parser.add_argument("--directory", type=Path, help="where the disk rows write (default: tmp)")
+    parser = options_of(__doc__.splitlines()[0], "host,latency,lookup,packing,cold")
     parser.add_argument("--peer", choices=["lmcache"], help="measure a peer, in its own venv")
     options = parser.parse_args()
     scale = 0.1 if options.quick else 1.0
     gc.collect()
     gc.freeze()  # a collection of what is loaded would count as CPU of whoever runs then
     rows: list[Row] = []
-    wanted = options.rows.split(",")
+    wanted: list[str] = options.rows
     if "host" in wanted:
         rows += host_rows("2 MiB pages", LLAMA_8B, 16, 16, scale, (0.97, 0.97), 1.05)
         rows += host_rows("64 KiB blocks", FALCON_7B, 8, 64, scale, (0.85, 0.85))
@@ -69,14 +70,7 @@ def main() -> int:
     if options.peer:
         with scratch(options.directory) as directory:
             rows += peer_rows(scale, Path(directory))
-    show(rows)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) | {"holds": row.holds} for row in rows]))
-    missed = [row.what for row in rows if not row.holds]
-    if options.check and missed:
-        sys.stderr.write(f"missed: {'; '.join(missed)}\n")
-        return 1
-    return 0
+    return report(rows, options, "tierkv store, against raw in the same run")
 
 
 # ---- memory
@@ -411,13 +405,6 @@ def prompt_lengths() -> tuple[list[int], str]:
         return [int(n) for n in rng.permutation(lengths)[:20_000]], "Azure 2023 code and conv"
     mix = np.concatenate([rng.lognormal(6.5, 1.1, 10_000), rng.lognormal(7.4, 0.7, 10_000)])
     return [int(n) for n in rng.permutation(np.clip(mix, 16, 14_000))], "log-normal mix"
-
-
-def scratch(directory: Path | None) -> tempfile.TemporaryDirectory[str]:
-    """A directory of its own on a disk (not on tmpfs), removed afterwards."""
-    place = directory or Path.cwd()
-    place.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(dir=place, prefix=".bench-")
 
 
 if __name__ == "__main__":

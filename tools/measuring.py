@@ -1,14 +1,21 @@
-"""Measuring against a raw baseline: pairs of adjacent runs, medians, a table. Needs numpy only."""
+"""Measuring against a baseline: pairs of adjacent runs, medians, a table, an exit status.
+
+Needs numpy only, until something is shown.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
 import mmap
 import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +133,48 @@ class RawFiles:
         list(self._pool.map(one, [(number, row) for row, number in enumerate(numbers)]))
 
 
-def show(rows: list[Row], title: str = "tierkv store, against raw in the same run") -> None:
+def scratch(directory: Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A directory of its own on a disk (not on tmpfs), removed afterwards."""
+    place = directory or Path.cwd()
+    place.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=place, prefix=".bench-")
+
+
+def options_of(description: str, rows: str) -> argparse.ArgumentParser:
+    """A parser for what every benchmark takes; `rows` are the names of all its rows.
+
+    `rows` of what it parses is a list of names.
+    """
+
+    def chosen(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = sorted(set(names) - set(rows.split(",")))
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {rows}")
+        return names
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the bytes, more noise")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a reach is missed")
+    parser.add_argument("--rows", type=chosen, default=rows, help="which ones (default: all)")
+    parser.add_argument("--directory", type=Path, help="where the disk rows write (default: .)")
+    return parser
+
+
+def report(rows: list[Row], options: argparse.Namespace, title: str) -> int:
+    """Show the rows, write them where `--json` says; the status to exit with."""
+    show(rows, title)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) | {"holds": row.holds} for row in rows]))
+    missed = [row.what for row in rows if not row.holds]
+    if options.check and missed:
+        sys.stderr.write(f"missed: {'; '.join(missed)}\n")
+        return 1
+    return 0
+
+
+def show(rows: list[Row], title: str = "against raw in the same run") -> None:
     """Print the table."""
     from rich.console import Console
     from rich.table import Table

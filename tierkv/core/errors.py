@@ -7,7 +7,8 @@ TierKVError
 ├── TierFull           no place could be made within the deadline
 ├── TierFailed         a tier's device refuses to work (I/O error, out of memory, unsafe directory)
 ├── TransferFailed     a transfer ended without moving its bytes; carries the cause
-└── StoreClosed        the store was used after `close()`
+├── StoreClosed        the store was used after `close()`
+└── GaveUp             the planner cannot be trusted any more; ends inside of the store, as a miss
 
 Expected outcomes (a miss, a full queue) are return values, never exceptions. What reaches a
 caller of `Store` is only misuse and broken configuration: a fault of a tier is a miss.
@@ -46,3 +47,7 @@ class TransferFailed(TierKVError):
 
 class StoreClosed(TierKVError):
     """The store was used after `close()`."""
+
+
+class GaveUp(TierKVError):
+    """An event was left half done, so the planner's tables say nothing any more."""

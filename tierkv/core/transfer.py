@@ -38,11 +38,15 @@ class Move(msgspec.Struct, frozen=True, gc=False):
     unused: tuple[int, ...] = ()  # offsets to zero before they reach a disk
 
 
-class Transfer(Instruction, frozen=True):
-    """Copy pages or blocks between two tiers, then say `TransferDone`."""
+class Transfer(Instruction, frozen=True, omit_defaults=True):
+    """Copy pages or blocks between two tiers, then say `TransferDone`.
+
+    `fresh` are host pages to be zeroed before, each with its opening, whether it begins or not.
+    """
 
     id: int
     source: TierId
     target: TierId
     moves: list[Move]
     urgency: Urgency
+    fresh: tuple[tuple[int, int], ...] = ()

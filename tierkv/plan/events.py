@@ -97,6 +97,8 @@ class Recovered(Event, frozen=True):
     """What the cold tier found when it was opened."""
 
     pages: list[RecoveredPage]
+    #: Pages that cannot be written, and are never given out.
+    withheld: list[int] = []
 
 
 class Syncing(Event, frozen=True):
@@ -127,16 +129,18 @@ class Tick(Event, frozen=True):
     """Time has passed."""
 
 
-class Fill(Instruction, frozen=True):
+class Fill(Instruction, frozen=True, omit_defaults=True):
     """Write these blocks of the `Put` (or `Admit`) into a memory tier, then say `Filled`.
 
     `indices` are positions in the offered blocks; the i-th goes to the i-th place of `spans`.
+    `fresh` are pages to be zeroed before, each with its opening: see `PagePool`.
     """
 
     ticket: int
     tier: TierId
     indices: list[int]
     spans: list[Span]
+    fresh: tuple[tuple[int, int], ...] = ()
 
 
 class Raise(Instruction, frozen=True):

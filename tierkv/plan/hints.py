@@ -114,17 +114,12 @@ class Hints:
                 self._movement.drop(tier, idle)
 
     def _drop_cold(self, blocks: Sequence[int], pages: Sequence[int], out: Out) -> None:
-        """Drop blocks on disk; pages left empty stay pinned, so unused, until they are erased."""
+        """Drop blocks on disk; pages left empty are erased."""
         cold = self._tables[TierId.COLD]
         for page in pages:
             cold.pin(page)
         self._movement.drop(TierId.COLD, blocks)
-        empty = [page for page in pages if not cold.pool.used[page]]
-        for page in pages:
-            if page not in empty:
-                self._movement.unpin(TierId.COLD, page)
-        if empty:
-            out.append(ev.Erase(empty))
+        self._movement.erase_empty(pages, out)
 
     def erased(self, event: ev.Erased, now_ns: int, out: Out) -> None:
         """Erased pages may be used again."""

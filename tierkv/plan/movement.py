@@ -22,7 +22,7 @@ from tierkv.core.keys import BlockKey
 from tierkv.core.stats import Stats
 from tierkv.core.tier import BlockLabel, PageLabel, Span, TierId
 from tierkv.core.transfer import Move, Outcome, Transfer, Urgency
-from tierkv.plan.events import Cancel
+from tierkv.plan.events import Cancel, Erase
 from tierkv.plan.radix import ROOT, RadixIndex
 from tierkv.plan.residency import NO_PLACE, TierTable
 from tierkv.plan.room import Out, Room
@@ -184,7 +184,8 @@ class Movement(Room):
         moves = [Move(above.place[b], below.place[b]) for b in started]
         if drop:
             above.drain(started)
-        self._start(source, target, moves, urgency, out, [[b] for b in started], drop=drop)
+        fresh, arriving = self.fresh(target, spans), [[b] for b in started]
+        self._start(source, target, moves, urgency, out, arriving, drop=drop, fresh=fresh)
         return True
 
     def finish(self, transfer: int, outcomes: Sequence[Outcome], now_ns: int) -> None:
@@ -225,10 +226,32 @@ class Movement(Room):
         elif outcome is not Outcome.ARRIVED and transfer.source is TierId.HOST:
             self.dirty.add(move.source)
 
-    def synced(self, sync: int) -> None:
-        """What was written before a sync began is durable: older copies of it may go."""
-        for page in self.tables[TierId.COLD].settle(sync):
+    def synced(self, sync: int, out: Out) -> None:
+        """What was written before a sync began is durable: older copies of it may go.
+
+        With `zero_freed` pages left empty are erased: an older copy of what is forgotten later
+        would be found again.
+        """
+        cold = self.tables[TierId.COLD]
+        older = list(cold.retired) if self.spec.zero_freed else []
+        for page in older:
+            cold.pin(page)
+        for page in cold.settle(sync):
             self.policies[TierId.COLD].forget(page)
+        self.erase_empty(older, out)
+
+    def erase_empty(self, pages: Sequence[int], out: Out) -> None:
+        """Have pinned cold pages erased that are empty, and unpin the others.
+
+        Those stay pinned, so unused, until they are erased.
+        """
+        used = self.tables[TierId.COLD].pool.used
+        empty = [page for page in pages if not used[page]]
+        for page in pages:
+            if used[page]:
+                self.unpin(TierId.COLD, page)
+        if empty:
+            out.append(Erase(empty))
 
     def _relocate(self, blocks: Sequence[int], move: Move, cold: TierTable) -> None:
         """Blocks that were in an older cold page are now in the page that just landed."""
@@ -330,10 +353,11 @@ class Movement(Room):
         arriving: list[list[int]],
         relocating: list[list[int]] | None = None,
         drop: bool = False,
+        fresh: tuple[tuple[int, int], ...] = (),
     ) -> int:
         number = self._next_transfer
         self._next_transfer += 1
-        transfer = Transfer(number, source, target, moves, urgency)
+        transfer = Transfer(number, source, target, moves, urgency, fresh)
         self.flights[number] = Flight(transfer, urgency, drop, arriving, relocating or [])
         out.append(transfer)
         return number

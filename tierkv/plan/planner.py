@@ -225,7 +225,8 @@ class Planner:
             table.fill(filled, spans)
             ticket = self._number()
             self.tickets[ticket] = Ticket(tier, filled, [span.page for span in spans])
-            out.append(ev.Fill(ticket, tier, indices[:taken], spans))
+            fresh = self.movement.fresh(tier, spans)
+            out.append(ev.Fill(ticket, tier, indices[:taken], spans, fresh))
         return indices[taken] if taken < len(indices) else None
 
     def _filled(self, event: ev.Filled, now_ns: int, out: Out) -> None:
@@ -411,7 +412,7 @@ class Planner:
         self.tables[TierId.COLD].sync_begun = event.number
 
     def _synced(self, event: ev.Synced, now_ns: int, out: Out) -> None:
-        self.movement.synced(event.number)
+        self.movement.synced(event.number, out)
 
     def _distrust(self, event: ev.Distrust, now_ns: int, out: Out) -> None:
         cold = self.tables[TierId.COLD]
@@ -420,6 +421,7 @@ class Planner:
 
     def _recovered(self, event: ev.Recovered, now_ns: int, out: Out) -> None:
         take_over(event.pages, self.spec, self.index, self.movement, now_ns)
+        self.tables[TierId.COLD].pool.withhold(event.withheld)
 
     def check(self) -> None:
         """Assert every invariant; O(everything), for tests and `tierkv check`."""

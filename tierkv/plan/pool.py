@@ -8,8 +8,13 @@ no whole page is left. A *sealed* page gives out nothing (its bytes are being co
 Free whole pages come back lowest number first, so that consecutive pages are usual and files
 stay short. Single owner (the planner).
 
+A page that is opened for a tail is written bit by bit, and keeps what its last owner left in the
+rest. With `counts_openings` each opening has a number, until the page is released: whoever writes
+into the page has it zeroed first, once an opening (`HostTier.clear`).
+
 Invariants (`check`): every page is exactly one of free, quarantined, owned; an owned page's
-places are used, or holes, or (open page) ahead of the fill mark; counts agree.
+places are used, or holes, or (open page) ahead of the fill mark; counts agree; only owned pages
+have an opening.
 """
 
 from __future__ import annotations
@@ -24,9 +29,12 @@ from tierkv.core.tier import Span
 class PagePool:
     """Free and used places of one tier."""
 
-    def __init__(self, pages: int, page_blocks: int) -> None:
+    def __init__(self, pages: int, page_blocks: int, *, counts_openings: bool = False) -> None:
         self.pages = pages
         self.page_blocks = page_blocks
+        self.openings: dict[int, int] = {}  # page -> number of its opening
+        self._counts_openings = counts_openings
+        self._opened = 0
         self.owner: dict[int, str] = {}
         self.owned: Counter[str] = Counter()
         self.used: list[int] = [0] * pages
@@ -79,6 +87,9 @@ class PagePool:
             self.owned[namespace] += whole
             if fresh > whole:
                 mark = self._open[namespace] = [self._own(namespace), 0]
+                if self._counts_openings:
+                    self._opened += 1
+                    self.openings[mark[0]] = self._opened
                 index = self._advance(mark, count, index, spans, namespace)
         return spans if index == count else spans + self._take_holes(index, count, namespace)
 
@@ -122,6 +133,7 @@ class PagePool:
         if mark is not None and mark[0] == page:
             del self._open[namespace]
         self._sealed.discard(page)
+        self.openings.pop(page, None)
         if self._holes.pop(page, None) is not None:
             self._holed.get(namespace, {}).pop(page, None)
         if page not in self.quarantined:
@@ -132,6 +144,8 @@ class PagePool:
         owner, used, owned, free = self.owner, self.used, self.owned, self._free
         holes, sealed, quarantined = self._holes, self._sealed, self.quarantined
         opened = {mark[0] for mark in self._open.values()}
+        if self.openings:
+            opened |= self.openings.keys()
         for page in pages:
             used[page] = 0
             if page in opened or page in holes or page in sealed or page in quarantined:
@@ -165,6 +179,11 @@ class PagePool:
             self._holes[page] = [o for o in range(self.page_blocks) if o not in taken]
         self._free = [page for page in self._free if page not in pages]
 
+    def withhold(self, pages: Iterable[int]) -> None:
+        """Never give these pages out; nobody owns them yet."""
+        self.quarantined.update(pages)
+        self._free = [page for page in self._free if page not in self.quarantined]
+
     def quarantine(self, page: int) -> None:
         """Never give this page out again once it is released."""
         self.quarantined.add(page)
@@ -175,6 +194,7 @@ class PagePool:
     def check(self) -> None:
         """Assert the invariants; O(places)."""
         free = set(self._free)
+        assert self.openings.keys() <= self.owner.keys(), "an opening of a page that nobody owns"
         assert len(free) == len(self._free), "a page is free twice"
         for page in range(self.pages):
             states = (page in free) + (page in self.owner)

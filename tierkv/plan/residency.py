@@ -51,8 +51,8 @@ _BEFORE: Final = {
 class TierTable:
     """Places, states and pins of one tier."""
 
-    def __init__(self, pages: int, page_blocks: int) -> None:
-        self.pool = PagePool(pages, page_blocks)
+    def __init__(self, pages: int, page_blocks: int, *, counts_openings: bool = False) -> None:
+        self.pool = PagePool(pages, page_blocks, counts_openings=counts_openings)
         self.page_blocks = page_blocks
         self.pins: list[int] = [0] * pages
         # Arrays, not lists: an int object a block would cost a cache miss a block to let go.

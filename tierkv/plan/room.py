@@ -35,7 +35,12 @@ class Room(ABC):
         self.spec = spec
         self.index = index
         self.stats = stats
-        self.tables = {t: TierTable(p.pages, p.page_blocks) for t, p in spec.tiers.items()}
+        self.tables = {
+            t: TierTable(
+                p.pages, p.page_blocks, counts_openings=spec.zero_freed and t is TierId.HOST
+            )
+            for t, p in spec.tiers.items()
+        }
         self.policies: dict[TierId, EvictionPolicy] = {
             t: POLICIES.load(p.policy)() for t, p in spec.tiers.items()
         }
@@ -56,6 +61,14 @@ class Room(ABC):
             self._evict(tier, pages, namespace, now_ns, out)
             spans += self._take(table, tier, count, namespace, taken)
         return spans
+
+    def fresh(self, tier: TierId, spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+        """Pages of these places that must be zeroed before they are written, with their opening."""
+        openings = self.tables[tier].pool.openings
+        if not openings:
+            return ()
+        pages = dict.fromkeys(span.page for span in spans)
+        return tuple((page, openings[page]) for page in pages if page in openings)
 
     def whole_pages(
         self,

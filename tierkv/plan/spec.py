@@ -24,10 +24,11 @@ class NamespaceSpec(msgspec.Struct, frozen=True):
     ttl_ns: int | None = None
 
 
-class PlanSpec(msgspec.Struct, frozen=True):
+class PlanSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything a planner needs to know; written at the head of an event log."""
 
     tiers: dict[TierId, TierPlan]
     namespaces: list[NamespaceSpec]
     block_tokens: int
     block_bytes: int
+    zero_freed: bool = False  # instructions say which host pages to zero before they are written

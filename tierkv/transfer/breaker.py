@@ -5,6 +5,9 @@ opens: what would go to the tier is skipped at once, which readers see as a miss
 there is not spoiled by more failing reads. When the time is over, one operation is let through
 (half-open): if that is good the breaker closes, else it opens again for twice as long.
 
+Operations overlap, and one that hung ends long after others. So each is of a *round*: a new round
+begins when the breaker opens and when it closes, and an operation of an earlier one says nothing.
+
 After M. Nygard, Release It!, "Circuit Breaker". Any thread.
 """
 
@@ -50,7 +53,10 @@ class Breaker:
         self._pause = retry_s
         self._opens_at: float | None = None  # when it may be tried again; None while closed
         self._trying = False
+        self._round = 1
         self.skipped = 0
+        #: Called after each change of state, by the thread that made it and without the lock.
+        self.on_change: Callable[[], object] | None = None
 
     @property
     def state(self) -> State:
@@ -60,16 +66,25 @@ class Breaker:
                 return State.CLOSED
             return State.HALF_OPEN if self._clock() >= self._opens_at else State.OPEN
 
-    def begin(self) -> bool:
-        """Whether an operation may start; each that does ends with `end`."""
+    def begin(self) -> int | None:
+        """The round of an operation that may start, which ends with `end`; None if it may not."""
+        # The round is read first. If the breaker closes or opens between the two reads, the round
+        # is an earlier one, and what the operation says later does not count.
+        number = self._round
+        return number if self._opens_at is None else self._begin_trial()
+
+    def _begin_trial(self) -> int | None:
+        """As `begin`, of a breaker that was just seen open."""
         with self._lock:
             if self._opens_at is None:
-                return True
+                return self._round
             if self._trying or self._clock() < self._opens_at:
                 self.skipped += 1
-                return False
+                return None
             self._trying = True
-            return True
+            number = self._round
+        self._tell()
+        return number
 
     def try_now(self) -> None:
         """Do not wait any longer: somebody asks for it. The next operation decides."""
@@ -77,25 +92,41 @@ class Breaker:
             if self._opens_at is not None:
                 self._opens_at = min(self._opens_at, self._clock())
 
-    def end(self, *, is_good: bool, seconds: float) -> None:
-        """How an operation ended, and how long it took."""
+    def end(self, number: int, *, is_good: bool, seconds: float) -> None:
+        """How the operation of round `number` ended, and how long it took."""
         is_good = is_good and seconds <= self._slow_s
         if is_good and not self._faults and self._opens_at is None:
             return
         with self._lock:
-            if is_good:
-                if self._opens_at is not None:
-                    logger.warning("breaker closed tier=%s", self._name)
-                self._faults, self._opens_at = 0, None
-                self._trying, self._pause = False, self._retry_s[0]
-                return
+            if number != self._round:
+                return  # it began before the breaker opened or closed, and says nothing new
+            is_changed = self._close() if is_good else self._count_fault()
+        if is_changed:
+            self._tell()
+
+    def _close(self) -> bool:
+        """Something is good; whether that closes the breaker."""
+        self._faults = 0
+        if self._opens_at is None:
+            return False
+        self._opens_at, self._trying, self._pause = None, False, self._retry_s[0]
+        self._round += 1
+        logger.warning("breaker closed tier=%s", self._name)
+        return True
+
+    def _count_fault(self) -> bool:
+        """Something failed; whether that opens the breaker."""
+        if self._trying:
+            self._pause = min(self._retry_s[1], 2 * self._pause)
+        else:
             self._faults += 1
-            was_trying, self._trying = self._trying, False
-            if self._opens_at is not None and not was_trying:
-                return  # it began before the breaker opened, and says nothing new
-            if was_trying:
-                self._pause = min(self._retry_s[1], 2 * self._pause)
-            elif self._faults < self._faults_max:
-                return
-            self._opens_at = self._clock() + self._pause
-            logger.warning("breaker open tier=%s seconds=%.0f", self._name, self._pause)
+            if self._faults < self._faults_max:
+                return False
+        self._opens_at, self._trying = self._clock() + self._pause, False
+        self._round += 1
+        logger.warning("breaker open tier=%s seconds=%.0f", self._name, self._pause)
+        return True
+
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change()

@@ -37,7 +37,7 @@ from tierkv.tiers.host import HostTier
 from tierkv.tiers.segments import SegmentTier
 from tierkv.transfer.bandwidth import LinkEstimate
 from tierkv.transfer.breaker import Breaker
-from tierkv.transfer.lane import Follow, Job, Lane, PolledLane, Started
+from tierkv.transfer.lane import Follow, Held, Job, Lane, PolledLane, Started
 from tierkv.transfer.staging import Staging
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,9 @@ T = TypeVar("T")
 
 #: More on the way to or from a device only makes what is urgent wait: this is over 1 ms of a link.
 _DEVICE_INFLIGHT_BYTES: Final = 128 * MIB
+
+#: What is written while somebody reads is cut smaller: a read waits for the one that is under way.
+_BEHIND_PIECE_BYTES: Final = 2 * MIB
 
 
 class Result(NamedTuple):
@@ -83,6 +86,7 @@ class TransferEngine:
         inflight_bytes_max: int = 256 << 20,
         piece_bytes: int = 8 << 20,
         sync_each_write: bool = False,
+        zero_freed: bool = False,
         breaker: Breaker | None = None,
     ) -> None:
         self._plan = plan
@@ -91,10 +95,14 @@ class TransferEngine:
         self._cold = cold
         self._piece_bytes = piece_bytes
         self._sync_each_write = sync_each_write
+        self._zero_freed = zero_freed
         self.breaker = breaker or Breaker(TierId.COLD.label)
         self._batches: dict[int, _Batch] = {}
         self._done: deque[Result] = deque()
+        #: A lane found no memory for its own bookkeeping: a transfer may never end.
+        self.has_failed = False
         self._progress = threading.Condition()
+        self._lock = Held(self._progress)
         self.ended = 0
         self.links: dict[Link, LinkEstimate] = {}
         self.stats = Stats()
@@ -107,10 +115,18 @@ class TransferEngine:
             # Verifying is bound by memory: a thread for each core would only hold up the others.
             lanes["check"] = (max(1, min(4, (os.cpu_count() or 1) // 2)), 0)
         for name, (count, bytes_max) in lanes.items():
-            self._lanes[name] = Lane(name, threads=count, inflight_bytes_max=bytes_max)
+            self._lanes[name] = Lane(
+                name,
+                threads=count,
+                inflight_bytes_max=bytes_max,
+                on_failure=self._fail,
+                behind=self._lanes["read"] if name == "write" else None,
+            )
         if device is not None:
             bytes_max = min(inflight_bytes_max, _DEVICE_INFLIGHT_BYTES)
-            self._lanes["device"] = PolledLane("device", inflight_bytes_max=bytes_max)
+            self._lanes["device"] = PolledLane(
+                "device", inflight_bytes_max=bytes_max, on_failure=self._fail
+            )
 
     def submit(self, transfer: Transfer, *, deadline_ns: int | None = None) -> None:
         """Start a transfer; its result comes by `poll`. `deadline_ns` is monotonic time."""
@@ -122,7 +138,7 @@ class TransferEngine:
             unit_bytes * len(transfer.moves),
             deadline_ns,
         )
-        with self._progress:
+        with self._lock:
             self._batches[transfer.id] = batch
         jobs = [
             Job(transfer.id, unit_bytes * len(piece), self._job(batch, piece)) for piece in pieces
@@ -155,12 +171,17 @@ class TransferEngine:
 
     def wait(self, timeout_s: float, *, until: Callable[[], bool]) -> bool:
         """Sleep until there is something to poll or `until()`; False if the time ran out first."""
-        with self._progress:
-            return self._progress.wait_for(lambda: bool(self._done) or until(), max(0.0, timeout_s))
+        with self._lock:
+            try:
+                return self._progress.wait_for(
+                    lambda: bool(self._done) or self.has_failed or until(), max(0.0, timeout_s)
+                )
+            except RuntimeError as error:  # what a condition raises that cannot allocate its lock
+                raise MemoryError("no memory to wait for a transfer") from error
 
     def wake(self) -> None:
         """Let waiting threads look again: results were taken in by another thread."""
-        with self._progress:
+        with self._lock:
             self._progress.notify_all()
 
     @property
@@ -190,7 +211,10 @@ class TransferEngine:
         page_bytes = self._plan.warm_page_bytes
         reads = transfer.source is TierId.COLD
         pages = [move.source if reads else move.target for move in transfer.moves]
-        pieces = self._cold.pieces(pages, max(self._piece_bytes, page_bytes))
+        piece_bytes = self._piece_bytes
+        if not reads and self._lanes["read"].is_busy:
+            piece_bytes = min(piece_bytes, _BEHIND_PIECE_BYTES)
+        pieces = self._cold.pieces(pages, max(piece_bytes, page_bytes))
         return lane, _staggered(pieces) if reads else pieces, page_bytes
 
     def _lane_of(self, transfer: Transfer) -> str:
@@ -202,13 +226,17 @@ class TransferEngine:
         """Carry out one piece; what it gives back settles it, or has another lane verify it."""
 
         def run() -> Follow | Started | None:
+            for page, opening in batch.transfer.fresh:
+                self._host.clear(page, opening)
             now = time.monotonic_ns()
             with batch.lock:
                 batch.started_ns = batch.started_ns or now
                 late = batch.deadline_ns is not None and now > batch.deadline_ns
                 begin = not (batch.cancelled or late)
             is_cold = TierId.COLD in (batch.transfer.source, batch.transfer.target)
-            if not begin or (is_cold and not self.breaker.begin()):
+            # An operation of the cold tier is of a round of its breaker; 0 is of none.
+            number = self.breaker.begin() if begin and is_cold else 0
+            if not begin or number is None:
                 self._finish(batch)
                 return None
             if self._staging is not None and self._lane_of(batch.transfer) == "device":
@@ -221,13 +249,14 @@ class TransferEngine:
             verify = self._attempt(lambda: self._carry(batch.transfer, piece))
             seconds = (time.monotonic_ns() - now) / 1e9
             if verify is None or batch.transfer.source is not TierId.COLD:
-                self.breaker.end(is_good=verify is not None, seconds=seconds)
+                self.breaker.end(number, is_good=verify is not None, seconds=seconds)
                 return lambda: self._settle(batch, piece, verify)
 
             def settle() -> None:
                 self._settle(batch, piece, verify)
                 assert self._cold is not None
-                self.breaker.end(is_good=self._cold.io_errors == errors, seconds=seconds)
+                is_good = self._cold.io_errors == errors
+                self.breaker.end(number, is_good=is_good, seconds=seconds)
 
             job = Job(batch.transfer.id, 0, settle)
             return lambda: self._lanes["check"].submit([job], batch.transfer.urgency)
@@ -253,16 +282,23 @@ class TransferEngine:
             logger.exception("transfer failed")
         return None
 
+    def _fail(self) -> None:
+        """Called by a lane that lost a job: nobody may wait for it."""
+        self.has_failed = True
+        self.wake()
+
     def _finish(self, batch: _Batch) -> None:
         with batch.lock:
             batch.jobs_left -= 1
             if batch.jobs_left:
                 return
         transfer, outcomes = batch.transfer, batch.outcomes
+        if self._zero_freed and transfer.target is TierId.HOST:
+            self._zero_unfilled(transfer, outcomes)
         link = (transfer.source, transfer.target)
         arrived = outcomes.count(Outcome.ARRIVED)
         moved = batch.size_bytes // max(1, len(outcomes)) * arrived
-        with self._progress:
+        with self._lock:
             if arrived == len(outcomes):
                 elapsed = time.monotonic_ns() - batch.started_ns
                 self.links.setdefault(link, LinkEstimate()).observe(batch.size_bytes, elapsed)
@@ -274,6 +310,20 @@ class TransferEngine:
             self.ended += 1
             del self._batches[transfer.id]
             self._progress.notify_all()
+
+    def _zero_unfilled(self, transfer: Transfer, outcomes: Sequence[Outcome]) -> None:
+        """Zero the places of what did not arrive: a reader's pin may keep them owned.
+
+        Until the result is polled they are this transfer's.
+        """
+        size = self._plan.warm_page_blocks
+        for move, outcome in zip(transfer.moves, outcomes, strict=True):
+            if outcome is Outcome.ARRIVED:
+                continue
+            if transfer.source is TierId.COLD:
+                self._host.zero(move.target, range(size))
+            else:
+                self._host.zero(move.target // size, (move.target % size,))
 
     def _carry(self, transfer: Transfer, piece: Sequence[int]) -> Callable[[], list[bool]]:
         """Move the bytes of one piece; the call that comes back tells which may be believed."""

@@ -6,6 +6,9 @@ whether it is done, and sleeps in between, so that no thread waits inside of a d
 Jobs of a more urgent queue always go first, in the order in which they came. Bytes in flight are
 bounded: a job starts when nothing is under way, or when it keeps what is within the bound. So with
 a small bound requests end one after the other rather than all at once.
+
+A lane may be *behind* another one, to which it gives way: while that one is busy it has one job
+under way, as what a device has begun cannot be overtaken.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Final, NamedTuple, TypeAlias
 
 from tierkv.core.transfer import Urgency
@@ -35,6 +39,9 @@ class Started(NamedTuple):
     then: Callable[[bool], object]
 
 
+#: A reader whose request ended soon has the next: until then its lane counts as busy.
+_BUSY_NS: Final = 10_000_000
+
 Follow: TypeAlias = Callable[[], object]
 
 
@@ -51,17 +58,53 @@ class Job:
     run: Callable[[], Follow | Started | None]
 
 
+class Held:
+    """A condition's lock, held: given back without an allocation, as a condition's own exit is not.
+
+    Without memory that exit would raise, and the lock would stay taken for ever.
+    """
+
+    __slots__ = ("_acquire", "_release")
+
+    def __init__(self, condition: threading.Condition) -> None:
+        self._acquire = condition.acquire
+        self._release = condition.release
+
+    def __enter__(self) -> None:
+        self._acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._release()
+
+
 class Lane:
     """Worker threads over the queues. Any thread may call; `run` is called on the workers."""
 
-    def __init__(self, name: str, *, threads: int, inflight_bytes_max: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        threads: int,
+        inflight_bytes_max: int,
+        on_failure: Callable[[], None] = lambda: None,
+        behind: Lane | None = None,
+    ) -> None:
+        self._on_failure = on_failure
+        self._behind = behind
+        self._ended_ns = 0
         self._queues: dict[Urgency, deque[Job]] = {urgency: deque() for urgency in Urgency}
         self._wake = threading.Condition()
+        self._lock = Held(self._wake)
         self._inflight_bytes_max = inflight_bytes_max
         self._inflight_bytes = 0
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"tierkv-{name}-{n}", daemon=True)
+            threading.Thread(target=self._serve, name=f"tierkv-{name}-{n}", daemon=True)
             for n in range(threads)
         ]
         for thread in self._threads:
@@ -69,13 +112,13 @@ class Lane:
 
     def submit(self, jobs: list[Job], urgency: Urgency) -> None:
         """Queue the jobs of one batch, in order."""
-        with self._wake:
+        with self._lock:
             self._queues[urgency].extend(jobs)
             self._wake.notify()
 
     def promote(self, batch: int, urgency: Urgency) -> None:
         """Move what is still queued of a batch to another urgency."""
-        with self._wake:
+        with self._lock:
             moved: list[Job] = []
             for other, queue in self._queues.items():
                 if other != urgency:
@@ -84,13 +127,31 @@ class Lane:
             self._queues[urgency].extend(moved)
             self._wake.notify(len(moved))
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is under way, or just was; needs no lock."""
+        return bool(self._inflight_bytes) or time.monotonic_ns() - self._ended_ns < _BUSY_NS
+
     def close(self) -> None:
         """Finish what is queued, then end the threads."""
-        with self._wake:
+        with self._lock:
             self._closed = True
             self._wake.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _serve(self) -> None:
+        """Work until closed. Where not even bookkeeping finds memory, say so, and go on."""
+        is_lost = False
+        while True:
+            try:
+                if is_lost:
+                    time.sleep(_POLL_S[1])
+                    self._on_failure()
+                    is_lost = False
+                return self._work()
+            except Exception:  # noqa: BLE001 nobody else would hear of it, and all would wait
+                is_lost = True
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -100,8 +161,9 @@ class Lane:
 
     def _end(self, job: Job, then: Follow | None) -> None:
         """Its bytes are no longer in flight; go on with what it gave back."""
-        with self._wake:
+        with self._lock:
             self._inflight_bytes -= job.size_bytes
+            self._ended_ns = time.monotonic_ns()
             if then is not None:
                 self._wake.notify()  # what we gave back may be room for another
         if then is not None:
@@ -112,7 +174,7 @@ class Lane:
 
         With `wait_s` it waits no longer than that, and None may mean that the time is over.
         """
-        with self._wake:
+        with self._lock:
             while True:
                 queue = next((queue for queue in self._queues.values() if queue), None)
                 if queue and self._fits(queue[0]):
@@ -132,15 +194,25 @@ class Lane:
         in_flight = self._inflight_bytes
         if not in_flight or self._closed:
             return True
+        if self._behind is not None and self._behind.is_busy:
+            return False
         return in_flight + job.size_bytes <= self._inflight_bytes_max
 
 
 class PolledLane(Lane):
     """One thread that starts jobs and asks for what is under way; see the module."""
 
-    def __init__(self, name: str, *, inflight_bytes_max: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        inflight_bytes_max: int,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
         self._under_way: list[tuple[Job, Started]] = []
-        super().__init__(name, threads=1, inflight_bytes_max=inflight_bytes_max)
+        super().__init__(
+            name, threads=1, inflight_bytes_max=inflight_bytes_max, on_failure=on_failure
+        )
 
     def _work(self) -> None:
         pause, most = _POLL_S
