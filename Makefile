@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench reliability clean
+.PHONY: demo test check bench reliability reliability-canaries clean
 .DEFAULT_GOAL := test
 
 # torch first and pinned: 2.13.0 is the CPU build here, a loose range pulls gigabytes.
@@ -31,6 +31,9 @@ bench: $(READY)
 
 reliability: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/reliability.py $(ARGS)
+
+reliability-canaries: $(READY)
+	$(BIN)/python tools/canaries.py $(ARGS)
 
 clean:
 	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import xxhash
 
 from tierkv.core.errors import CorruptData
 from tierkv.core.tier import RecoveredPage
-from tierkv.testing.drills import flips
+from tierkv.testing.drills import flips, flips_site
 from tierkv.testing.drills.base import LOST, WRONG_BYTES, Wrong
 from tierkv.tiers import segment_io
 from tierkv.tiers.files.base import Buffer
 from tierkv.tiers.segment_format import SegmentShape
 from tierkv.tiers.segment_io import Scan, SegmentIO
 
-CASES = 6000
+CASES = 20_000
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Every case repairs a directory, and says so."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def test_damage_costs_what_it_touches_and_never_gives_wrong_bytes() -> None:
@@ -26,10 +37,10 @@ def test_damage_costs_what_it_touches_and_never_gives_wrong_bytes() -> None:
 def test_the_flips_go_through_every_byte_of_the_manifest_and_of_every_header() -> None:
     flipped = {(id(site), place) for site, place in flips.systematic()}
 
-    for site in flips.images():
+    for site in flips_site.images():
         headers = {
             (name, at + offset)
-            for name, at in map(flips._slot, site.stored)
+            for name, at in map(flips_site.slot_of, site.stored)
             for offset in range(4096)
         }
         headers |= {(name, offset) for name in site.segments for offset in range(4096)}
@@ -39,7 +50,7 @@ def test_the_flips_go_through_every_byte_of_the_manifest_and_of_every_header() -
 
 
 def test_the_images_hold_pages_that_were_written_again_since() -> None:
-    for site in flips.images():
+    for site in flips_site.images():
         names = [name for name in site.segments if name in site.earlier]
         assert any(site.files[name] != site.earlier[name] for name in names)
 
@@ -79,8 +90,8 @@ def test_the_drill_finds_a_reader_that_takes_a_page_from_another_place(
             return labels[page]
 
     labels: dict[int, object] = {}
-    for site in flips.images():
-        tier = flips._tier(flips.disk_of(site.files))
+    for site in flips_site.images():
+        tier = flips_site.tier_on(flips_site.disk_of(site.files))
         labels |= {one.page: _header(one) for one in tier.open()}
     monkeypatch.setattr(segment_io, "verify_page", placeless)
     monkeypatch.setattr(segment_io, "parse_page_header", half_blind)
@@ -93,8 +104,8 @@ def test_the_drill_finds_a_start_that_drops_a_whole_segment_for_one_page(
 ) -> None:
     real = SegmentIO.scan
 
-    def hasty(self: SegmentIO) -> Scan:
-        scan = real(self)
+    def hasty(self: SegmentIO, *, threads: int = 1) -> Scan:
+        scan = real(self, threads=threads)
         if scan.rejected:
             scan.headers.clear()
         return scan
@@ -107,10 +118,10 @@ def test_the_drill_finds_a_start_that_drops_a_whole_segment_for_one_page(
 def test_a_manifest_nested_too_deep_to_parse_is_made_again() -> None:
     line = b'{"format":1,"x":' + b"[" * 200_000
     text = line + b"\n" + xxhash.xxh3_128_hexdigest(line).encode() + b"\n"
-    site = flips.images()[0]
+    site = flips_site.images()[0]
     manifest = text.ljust(-(-len(text) // 4096) * 4096)
 
-    tier = flips._tier(flips.disk_of({**site.files, "manifest": manifest}))
+    tier = flips_site.tier_on(flips_site.disk_of({**site.files, "manifest": manifest}))
 
     assert {one.page for one in tier.open()} == set(site.stored)
     assert any("manifest was made again" in finding for finding in tier.check())

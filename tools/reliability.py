@@ -37,10 +37,13 @@ class Class(NamedTuple):
 
 CLASSES = (
     Class("crashes", "power lost at every call, 8 fates each", 20_000, 250_000),
+    Class("interleavings", "the whole store in orders drawn by seed", 2_000, 50_000),
+    Class("processes", "real processes killed and refused by a real kernel", 100, 2_000),
     Class("nth_fault", "n-th call fails, once and from then on", 5_000, 100_000),
-    Class("flips", "bits flipped, pages swapped, cut and stale", 6_000, 500_000),
+    Class("flips", "bits flipped, pages swapped, cut and stale", 20_000, 500_000),
     Class("layouts", "put under one layout, get under another", 280, 3_000),
-    Class("hostile", "hostile entries in the cache directory", 300, 2_000),
+    Class("hostile", "hostile entries in the cache directory", 300, 50_060),
+    Class("configs", "bad configurations, loaded and opened", 2_700, 20_300),
 )
 #: Parts of a drill that run beside each other.
 PARTS = 2

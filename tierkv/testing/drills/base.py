@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 #: What may be wrong with a case, worst first.
@@ -64,3 +66,14 @@ def run_cases(
 def case_random(drill: str, seed: int, number: int) -> random.Random:
     """The randomness of one case."""
     return random.Random(f"{drill}/{seed}/{number}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No logs: most cases repair or refuse something, and say so."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -20,89 +20,50 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from tierkv.assembly import plan_spec
-from tierkv.config import Config
 from tierkv.core.errors import TierFailed
-from tierkv.core.geometry import KVGeometry, Layout
-from tierkv.core.keys import KeyChain
-from tierkv.core.tier import RecoveredPage
+from tierkv.core.tier import PageLabel, RecoveredPage
 from tierkv.plan import events as ev
 from tierkv.plan.planner import Planner
 from tierkv.store import Store
 from tierkv.testing.drills import base
 from tierkv.testing.drills.base import Tally, Wrong
-from tierkv.testing.files import MemoryFiles, _Inode
-from tierkv.testing.store import abandon
+from tierkv.testing.drills.flips_site import (
+    CONFIG,
+    HEADER,
+    LAYOUT,
+    PAGES_MAX,
+    PER_SEGMENT,
+    PLAN,
+    SLOT,
+    SPEC,
+    Bytes,
+    Image,
+    Place,
+    Prompt,
+    Site,
+    bytes_of,
+    disk_of,
+    images,
+    prompt_of,
+    prompts,
+    slot_of,
+    tier_on,
+)
+from tierkv.testing.files import MemoryFiles
 from tierkv.tiers.files.base import aligned_array
-from tierkv.tiers.segment_format import SEGMENT_HEADER_BYTES, page_header_bytes
+from tierkv.tiers.segment_format import SEGMENT_HEADER_BYTES
 from tierkv.tiers.segments import SegmentTier
 
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-Image: TypeAlias = dict[str, bytearray]
-Place: TypeAlias = tuple[str, int]
-
 NAME: Final = "flips"
-STORE_EVERY: Final = 32
-
-_COLD: Final = {"capacity": "64KiB", "directory": "disk", "segment_cold_pages": 1, "threads": 1}
-CONFIG: Final = Config.model_validate(
-    {
-        "block_tokens": 4,
-        "pages": {"hot": "1KiB", "warm": "4KiB", "cold": "8KiB"},
-        "tiers": {"host": {"capacity": "64KiB"}, "device": {"capacity": 0}, "cold": _COLD},
-        "namespaces": {"default": {}, "other": {"salt": "s"}},
-    }
-)
-_GEOMETRY: Final = KVGeometry(layers=2, kv_heads=1, head_dim=16, dtype="float16")
-LAYOUT: Final = Layout(_GEOMETRY, targets=CONFIG.pages.targets, model="m", block_tokens=4)
-_PLAN: Final = LAYOUT.pages
-_chain: Final = partial(KeyChain, LAYOUT.fingerprint, block_tokens=CONFIG.block_tokens)
-_CHAINS: Final = {
-    name: _chain(namespace=name, salt=space.salt.encode())
-    for name, space in CONFIG.namespaces.items()
-}
-_SPEC: Final = plan_spec(CONFIG, _PLAN, _CHAINS)
-_HEADER: Final = page_header_bytes(_PLAN.warm_page_blocks)
-_SLOT: Final = _HEADER + _PLAN.warm_page_bytes
-_PAGES_MAX: Final = CONFIG.tiers.cold.capacity // _SLOT
-_PER_SEGMENT: Final = _PLAN.cold_page_warm_pages
-
-
-class Prompt(NamedTuple):
-    """Tokens, their namespace, their keys, and the bytes that belong to each of their blocks."""
-
-    namespace: str
-    tokens: list[int]
-    keys: list[bytes]
-    rows: Bytes
-
-
-class Site(NamedTuple):
-    """A directory's files now and earlier; per stored page its blocks, per key its newest page."""
-
-    files: dict[str, bytes]
-    earlier: dict[str, bytes]
-    stored: dict[int, int]
-    page_of: dict[bytes, int]
-
-    @property
-    def segments(self) -> list[str]:
-        """Names of the segment files."""
-        return sorted(name for name in self.files if name.startswith("segment-"))
-
-    def pages_in(self, name: str) -> frozenset[int]:
-        """Stored pages of a file."""
-        return frozenset(page for page in self.stored if _slot(page)[0] == name)
+STORE_EVERY: Final = 96
 
 
 class Harm(NamedTuple):
@@ -132,7 +93,7 @@ def _case(rng: random.Random, number: int) -> None:
     ask = _ask_store if number % STORE_EVERY in (0, 1) else _ask_tier
     try:
         ask(disk, site, harm)
-        segments = {_slot(page)[0] for page in range(_PAGES_MAX)}
+        segments = {slot_of(page)[0] for page in range(PAGES_MAX)}
         odd = set(disk.names()) - set(files) - segments - {"lock", "manifest"}
         if odd:
             raise Wrong(base.LEAKED, f"left behind: {sorted(odd)}")
@@ -163,11 +124,9 @@ def _damaged(rng: random.Random, number: int) -> tuple[Site, Image, Harm]:
 
 
 def _ask_tier(disk: MemoryFiles, site: Site, harm: Harm) -> None:
-    tier = _tier(disk)
+    tier = tier_on(disk)
     found = tier.open()
-    planner = Planner(_SPEC)
-    planner.handle(ev.Recovered(found), 0)
-    planner.check()
+    _plan_with(tuple(found))
     good = _read(tier, found)
     tier.close()
     lost = set() if harm.pages is None else site.stored.keys() - harm.pages - good
@@ -175,21 +134,36 @@ def _ask_tier(disk: MemoryFiles, site: Site, harm: Harm) -> None:
         raise Wrong(base.LOST, f"pages {sorted(lost)} were not touched and are not found")
 
 
+@lru_cache(maxsize=4096)
+def _plan_with(found: tuple[RecoveredPage, ...]) -> None:
+    """Let a planner take over what was found; it is pure, so the same once is enough."""
+    planner = Planner(SPEC)
+    planner.handle(ev.Recovered([*found]), 0)
+    planner.check()
+
+
 def _read(tier: SegmentTier, found: list[RecoveredPage]) -> set[int]:
     """Pages that verify, each block of them held against what was put under its key."""
-    outs = [aligned_array(_PLAN.warm_page_bytes, 4096) for _ in found]
-    shape = _PLAN.layers, _PLAN.warm_page_blocks, _PLAN.block_layer_bytes
+    outs = [aligned_array(PLAN.warm_page_bytes, 4096) for _ in found]
+    shape = PLAN.layers, PLAN.warm_page_blocks, PLAN.block_layer_bytes
     good: set[int] = set()
     verified = tier.read_pages([one.page for one in found], outs)
     for one, out, is_good in zip(found, outs, verified, strict=True):
         if not is_good:
             continue
         good.add(one.page)
-        rows = out[: _PLAN.warm_page_blocks * _PLAN.block_bytes].reshape(shape)
-        for block in one.label.blocks:
-            if not np.array_equal(rows[:, block.position], _bytes_of(block.key)):
-                raise Wrong(base.WRONG_BYTES, f"page {one.page}, block {block.position}")
+        rows = out[: PLAN.warm_page_blocks * PLAN.block_bytes].reshape(shape)
+        positions, expected = _expected(one.label)
+        if not np.array_equal(rows[:, positions], expected):
+            raise Wrong(base.WRONG_BYTES, f"page {one.page}, blocks {positions}")
     return good
+
+
+@lru_cache(maxsize=4096)
+def _expected(label: PageLabel) -> tuple[list[int], Bytes]:
+    """Positions of a page's blocks, and the bytes that were put under their keys there."""
+    rows = [bytes_of(block.key) for block in label.blocks]
+    return [block.position for block in label.blocks], np.stack(rows, axis=1)
 
 
 def _ask_store(disk: MemoryFiles, site: Site, harm: Harm) -> None:
@@ -204,7 +178,7 @@ def ask(store: Store, site: Site, harm: Harm) -> None:
     store.check()
     if any(any(table.pins) for table in store._runtime.planner.tables.values()):
         raise Wrong(base.LEAKED, "pages are pinned and nobody reads")
-    new = _prompt("default", [7] * 32)
+    new = prompt_of("default", [7] * 32)
     if store.put(new.tokens, new.rows) != len(new.keys):
         raise Wrong(base.BROKEN, "a new prompt could not be put")
     _get(store, new, len(new.keys))
@@ -213,7 +187,7 @@ def ask(store: Store, site: Site, harm: Harm) -> None:
 def _get(store: Store, prompt: Prompt, least: int) -> None:
     """Read what is there of a prompt: at least so many blocks, each with its own bytes."""
     match = store.match(prompt.tokens, namespace=prompt.namespace)
-    rows = np.zeros((_PLAN.layers, match.blocks, _PLAN.block_layer_bytes), np.uint8)
+    rows = np.zeros((PLAN.layers, match.blocks, PLAN.block_layer_bytes), np.uint8)
     count = store.get(match, rows)
     if not np.array_equal(rows[:, :count], prompt.rows[:, :count]):
         raise Wrong(base.WRONG_BYTES, f"in the first {count} blocks of a prompt")
@@ -230,80 +204,6 @@ def _promised(prompt: Prompt, site: Site, harm: Harm) -> int:
     return next((i for i, page in enumerate(pages) if page in touched), len(pages))
 
 
-def disk_of(files: Mapping[str, bytes | bytearray]) -> MemoryFiles:
-    """A disk with these files, all durable."""
-    disk = MemoryFiles(Path("disk"))
-    disk._names = {name: _Inode(bytearray(d), bytearray(d)) for name, d in files.items()}
-    disk._durable_names = dict(disk._names)
-    return disk
-
-
-def _files_of(disk: MemoryFiles) -> dict[str, bytes]:
-    return {name: bytes(inode.seen) for name, inode in disk._names.items()}
-
-
-def _tier(disk: MemoryFiles) -> SegmentTier:
-    return SegmentTier(disk, _PLAN, LAYOUT.fingerprint, pages_max=_PAGES_MAX, segment_cold_pages=1)
-
-
-def _slot(page: int) -> Place:
-    offset = SEGMENT_HEADER_BYTES + page % _PER_SEGMENT * _SLOT
-    return f"segment-{page // _PER_SEGMENT:08d}.tkv", offset
-
-
-@lru_cache(maxsize=1)
-def prompts() -> list[Prompt]:
-    """Prompts of a page and more, some with a common beginning, in two namespaces."""
-    rng = random.Random(NAME)
-    starts = [[rng.randrange(100, 1000) for _ in range(32)] for _ in range(3)]
-    made = []
-    for number, blocks in enumerate((16, 12, 11, 8, 14, 9)):
-        tail = [rng.randrange(100, 1000) for _ in range(4 * blocks - 32)]
-        made.append(_prompt(("default", "default", "other")[number % 3], starts[number % 3] + tail))
-    return made
-
-
-def _prompt(namespace: str, tokens: list[int]) -> Prompt:
-    keys = _CHAINS[namespace].of_tokens(tokens)
-    return Prompt(namespace, tokens, [*keys], np.stack([_bytes_of(key) for key in keys], axis=1))
-
-
-@lru_cache(maxsize=256)
-def _bytes_of(key: bytes) -> Bytes:
-    rng = np.random.default_rng(list(key))
-    return rng.integers(0, 256, (_PLAN.layers, _PLAN.block_layer_bytes), dtype=np.uint8)
-
-
-@lru_cache(maxsize=1)
-def images() -> tuple[Site, ...]:
-    """The directory after a clean stop, and after a kill, with what it held before."""
-    disk = MemoryFiles(Path("disk"))
-    with Store.open(CONFIG, LAYOUT, files_for=lambda _root: disk) as store:
-        _put(store, prompts()[:2])
-    earlier = _files_of(disk)
-    store = Store.open(CONFIG, LAYOUT, files_for=lambda _root: disk)
-    _put(store, prompts()[2:])
-    killed = _files_of(disk)
-    abandon(store)
-    disk = disk_of(killed)
-    with Store.open(CONFIG, LAYOUT, files_for=lambda _root: disk) as store:
-        _put(store, prompts()[::-1])
-    return _site(_files_of(disk), earlier), _site(killed, earlier)
-
-
-def _put(store: Store, some: list[Prompt]) -> None:
-    for prompt in some:
-        store.put(prompt.tokens, prompt.rows, namespace=prompt.namespace)
-        store.flush()
-
-
-def _site(files: dict[str, bytes], earlier: dict[str, bytes]) -> Site:
-    found = _tier(disk_of(files)).open()
-    found.sort(key=lambda one: one.generation)
-    page_of = {block.key: one.page for one in found for block in one.label.blocks}
-    return Site(files, earlier, {one.page: len(one.label.blocks) for one in found}, page_of)
-
-
 @lru_cache(maxsize=1)
 def systematic() -> list[tuple[Site, Place]]:
     """Every byte of the manifest and of all headers of every image; first what says something."""
@@ -313,7 +213,7 @@ def systematic() -> list[tuple[Site, Place]]:
         said = site.files["manifest"].rindex(b"\n", 0, 1024)
         parts = [("manifest", 0, said, len(site.files["manifest"]))]
         parts += [(name, 0, 104, SEGMENT_HEADER_BYTES) for name in site.segments]
-        parts += [(*_slot(p), 156 + 68 * blocks, _HEADER) for p, blocks in site.stored.items()]
+        parts += [(*slot_of(p), 156 + 68 * blocks, HEADER) for p, blocks in site.stored.items()]
         for name, at, says, size in parts:
             for offset in range(size):
                 side = first if offset < says or offset >= size - 32 else rest
@@ -328,20 +228,20 @@ def _flip(files: Image, place: Place, mask: int) -> Harm:
     words = f"{name} byte {offset} ^ {mask:#04x}"
     if not name.startswith("segment-") or offset < SEGMENT_HEADER_BYTES:
         return Harm(words)
-    page = int(name[8:16]) * _PER_SEGMENT + (offset - SEGMENT_HEADER_BYTES) // _SLOT
+    page = int(name[8:16]) * PER_SEGMENT + (offset - SEGMENT_HEADER_BYTES) // SLOT
     return Harm(words, frozenset({page}))
 
 
 def _payload(files: Image, site: Site, rng: random.Random) -> Harm:
-    name, at = _slot(rng.choice([*site.stored]))
-    place = name, at + _HEADER + rng.randrange(_PLAN.warm_page_bytes)
+    name, at = slot_of(rng.choice([*site.stored]))
+    place = name, at + HEADER + rng.randrange(PLAN.warm_page_bytes)
     return _flip(files, place, 1 << rng.randrange(8)) if name in files else Harm("nothing")
 
 
 def _forge(what: str, files: Image, site: Site, rng: random.Random) -> Harm:
     """Change a field of a page's or segment's header and make the header's checksum good."""
-    name, at = _slot(rng.choice([*site.stored]))
-    fields, size = (_PAGE_FIELDS, _HEADER) if what == "page" else (_SEGMENT_FIELDS, 4096)
+    name, at = slot_of(rng.choice([*site.stored]))
+    fields, size = (_PAGE_FIELDS, HEADER) if what == "page" else (_SEGMENT_FIELDS, 4096)
     at = at if what == "page" else 0
     field, kind, offset = rng.choice(fields.split()).split(":")
     header = files.get(name, bytearray())[at : at + size]
@@ -349,7 +249,7 @@ def _forge(what: str, files: Image, site: Site, rng: random.Random) -> Harm:
         _change(header, kind, int(offset), rng)
         files[name][at : at + size] = header[:-16] + xxhash.xxh3_128_digest(header[:-16])
     # A generation of the last epoch leaves none for the next start; a version may be a later one.
-    may_refuse = f"{what} {field}" in ("page generation", "segment version")
+    may_refuse = f"{what} {field}" in ("page generation", "page version", "segment version")
     return Harm(f"{name} at {at}: forged {what} {field}", None, may_refuse)
 
 
@@ -386,7 +286,7 @@ def _truncate(files: Image, site: Site, rng: random.Random) -> Harm:
     name = rng.choice(site.segments)
     size = rng.randrange(len(site.files[name]))
     del files.get(name, bytearray())[size:]
-    lost = {page for page in site.pages_in(name) if _slot(page)[1] + _SLOT > size}
+    lost = {page for page in site.pages_in(name) if slot_of(page)[1] + SLOT > size}
     return Harm(f"{name} cut to {size}", frozenset(lost))
 
 
@@ -408,9 +308,9 @@ def _overwrite(files: Image, site: Site, rng: random.Random) -> Harm:
     That is a misdirected write, a lost one, a torn one. Half the time the other gets it in return.
     """
     other, page = rng.sample([*site.stored], 2)
-    at = rng.randrange(_SLOT // 512) * 512
-    start, stop = rng.choice(((0, _SLOT), (0, _HEADER), (_HEADER, _SLOT), (at, at + 512)))
-    (source, source_at), (name, at) = _slot(other), _slot(page)
+    at = rng.randrange(SLOT // 512) * 512
+    start, stop = rng.choice(((0, SLOT), (0, HEADER), (HEADER, SLOT), (at, at + 512)))
+    (source, source_at), (name, at) = slot_of(other), slot_of(page)
     theirs = site.files[source][source_at + start : source_at + stop]
     earlier = site.earlier.get(name, b"")[at + start : at + stop]
     noise = rng.choice((bytes(stop - start), rng.randbytes(stop - start)))

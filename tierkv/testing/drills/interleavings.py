@@ -16,7 +16,6 @@ hold.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -41,6 +40,7 @@ from tierkv.testing.drills.base import (
     Tally,
     Wrong,
     case_random,
+    quiet,
     run_cases,
 )
 from tierkv.testing.files import Fault, FaultyFiles, MemoryFiles, Schedule, at_rates
@@ -76,12 +76,8 @@ _DROPS: Final = (HintKind.FORGET, HintKind.TTL)
 
 def run(cases: int, seed: int) -> Tally:
     """Cases 0 .. of this seed."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
+    with quiet():
         return run_cases(NAME, _case, cases, seed)
-    finally:
-        logging.disable(before)
 
 
 def replay(seed: int, case: int) -> None:
@@ -114,6 +110,7 @@ class World:
             device=rng.choice((0, 0, 0, 1)),
             threads=rng.randint(1, 2),
             sync=rng.choice(("flush", "flush", "always")),
+            zero_freed=rng.random() < 0.25,
         )
         tiers = self._config.tiers
         self._copies = 1 + bool(tiers.device.capacity) + bool(tiers.cold.capacity)
@@ -427,13 +424,17 @@ def _block(number: int, version: int) -> Bytes:
 
 
 @lru_cache(maxsize=512)
-def _config(host: int, cold: int, device: int, threads: int, sync: str) -> Config:
+def _config(host: int, cold: int, device: int, threads: int, sync: str, zero_freed: bool) -> Config:
     return Config.model_validate(
         {
             "block_tokens": 2,
             "pages": {"hot": 512, "warm": _PAGE, "cold": 2 * _PAGE},
             "tiers": {
-                "host": {"capacity": host * _PAGE, "hugepages": "off"},
+                "host": {
+                    "capacity": host * _PAGE,
+                    "hugepages": "off",
+                    "zero_freed": zero_freed,
+                },
                 "device": {"capacity": device * _PAGE, "device": "cpu"},
                 "cold": {
                     "capacity": cold * _PAGE,
