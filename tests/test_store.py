@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from tierkv.config import Config
 from tierkv.core.errors import ConfigError, GeometryMismatch, StoreClosed
@@ -398,6 +399,24 @@ def test_a_failed_sync_is_reported_and_not_trusted(tmp_path: Path) -> None:
         assert np.array_equal(read_all(store, tokens_of(20)), data)
         assert store.flush()
         store.check()
+
+
+def test_a_put_whose_bytes_cannot_be_read_leaves_nothing_half_done() -> None:
+    """A tensor without bytes: the copy to host memory raises before the one to the device."""
+    config = config_of(device="128KiB")
+    with opened(config) as store:
+        plan = store.plan
+        nowhere = torch.empty(
+            (plan.layers, 2, plan.block_layer_bytes), dtype=torch.uint8, device="meta"
+        )
+        with pytest.raises(NotImplementedError):
+            store.put(tokens_of(2), nowhere)
+        planner = store._runtime.planner
+        assert planner.tickets == {}
+        assert not any(any(table.pins) for table in planner.tables.values())
+        data = bytes_of(store, 2)
+        assert store.put(tokens_of(2), data) == 2
+        assert np.array_equal(read_all(store, tokens_of(2)), data)
 
 
 def test_a_flush_does_not_count_what_another_has_only_begun() -> None:

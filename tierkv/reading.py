@@ -214,14 +214,16 @@ class Lease:
 def fill_all(
     runtime: Runtime, memory: Memory, instructions: list[ev.AnyInstruction], rows: Rows
 ) -> None:
-    """Carry out fills from `rows`, and say so; a failed copy leaves nothing published."""
-    for item in instructions:
-        if not isinstance(item, ev.Fill):
-            continue
-        ok = False
-        try:
+    """Carry out fills from `rows`, and say so; what a copy that failed leaves is not published."""
+    fills = [item for item in instructions if isinstance(item, ev.Fill)]
+    done = 0
+    try:
+        for item in fills:
             memory.fill(item, rows)
-            ok = True
-        finally:
+            done += 1
             with runtime.lock:
-                runtime.handle(ev.Filled(item.ticket, ok))
+                runtime.handle(ev.Filled(item.ticket, True))
+    finally:
+        for item in fills[done:]:
+            with runtime.lock:
+                runtime.handle(ev.Filled(item.ticket, False))

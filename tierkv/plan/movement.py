@@ -229,11 +229,10 @@ class Movement(Room):
     def synced(self, sync: int, out: Out) -> None:
         """What was written before a sync began is durable: older copies of it may go.
 
-        With `zero_freed` pages left empty are erased: an older copy of what is forgotten later
-        would be found again.
+        Pages left empty are erased: an older copy of what is forgotten later would be found again.
         """
         cold = self.tables[TierId.COLD]
-        older = list(cold.retired) if self.spec.zero_freed else []
+        older = list(cold.retired)
         for page in older:
             cold.pin(page)
         for page in cold.settle(sync):
