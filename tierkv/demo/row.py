@@ -24,6 +24,8 @@ class Row:
     loaded_bytes: int = 0
     store_s: float = 0.0
     stored_bytes: int = 0
+    #: Pages on NVMe that were found damaged since the row before, or since the store was opened.
+    damaged_pages: int = 0
     answer: str = ""
     answer_tokens: list[int]
     tokens_identical: bool

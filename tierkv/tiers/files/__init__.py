@@ -52,7 +52,7 @@ def choose_engine(root: Path, wanted: str = "auto") -> FileEngine:
                 return chosen
         logger.info("file engine passed over engine=%s reason=%s", name, reason)
         reasons.append(f"{name}: {reason}")
-    cure = "choose another directory" if wanted == "auto" else "try cold.engine: auto"
+    cure = "chmod 700, or choose another directory" if wanted == "auto" else "try cold.engine: auto"
     raise TierFailed(f"no file engine works beneath {root} ({'; '.join(reasons)}); {cure}")
 
 
