@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench reliability reliability-canaries clean
+.PHONY: demo test check bench reliability reliability-canaries coverage mutation clean
 .DEFAULT_GOAL := test
 
 # torch first and pinned: 2.13.0 is the CPU build here, a loose range pulls gigabytes.
@@ -34,6 +34,12 @@ reliability: $(READY)
 
 reliability-canaries: $(READY)
 	$(BIN)/python tools/canaries.py $(ARGS)
+
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/branch_coverage.py $(ARGS)
+
+mutation: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutation.py $(ARGS)
 
 clean:
 	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

@@ -98,6 +98,26 @@ def test_every_flipped_bit_of_a_header_is_found() -> None:
         parse(good)
 
 
+@pytest.mark.parametrize(
+    ("at", "name"),
+    [
+        (0, "magic"),
+        (8, "version"),
+        (12, "header bytes"),
+        (16, "number"),
+        (24, "generation"),
+        (32, "store id"),
+        (48, "fingerprint"),
+    ],
+)
+def test_the_first_field_that_differs_is_named(at: int, name: str) -> None:
+    header = encoded(HEADER, PAYLOAD)
+    header[at] ^= 1
+    header[79] ^= 1  # the end of the fingerprint
+    with pytest.raises(CorruptData, match=f"^{name} of page 11: "):
+        verify_page(header, PAYLOAD.data, SHAPE, page=HEADER.page, generation=HEADER.generation)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, PLAN.warm_page_bytes - 1), st.integers(1, 255))
 def test_every_changed_byte_of_a_payload_is_found(index: int, mask: int) -> None:

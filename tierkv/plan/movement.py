@@ -58,9 +58,7 @@ class Movement(Room):
             return False
         if tier is TierId.HOST:
             return self.write_back([page], Urgency.DEMOTE, now_ns, out, drop=True)
-        if tier is TierId.DEVICE and TierId.HOST in self.tables:
-            return self.copy(blocks, tier, TierId.HOST, Urgency.DEMOTE, now_ns, out, drop=True)
-        return False
+        return self.copy(blocks, tier, TierId.HOST, Urgency.DEMOTE, now_ns, out, drop=True)
 
     def write_back(
         self, pages: Iterable[int], urgency: Urgency, now_ns: int, out: Out, *, drop: bool = False
@@ -235,8 +233,7 @@ class Movement(Room):
         older = list(cold.retired)
         for page in older:
             cold.pin(page)
-        for page in cold.settle(sync):
-            self.policies[TierId.COLD].forget(page)
+        cold.settle(sync)  # frees none of them, as they are pinned
         self.erase_empty(older, out)
 
     def erase_empty(self, pages: Sequence[int], out: Out) -> None:
