@@ -85,6 +85,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_mutant_that_no_test_notices_is_shown_and_one_that_a_test_notices_is_killed(
     root: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_mutant_that_no_test_notices_is_shown_and_one_that_a_test_notices_is_k
     assert f"{survived} of" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_sample_is_drawn_by_its_seed(root: Path, tmp_path: Path) -> None:
     samples = []
     for number, seed in enumerate((1, 1, 2)):

@@ -508,6 +508,20 @@ def test_ids_that_are_free_are_given_again_newest_first() -> None:
     index.check()
 
 
+def test_what_is_resident_nowhere_is_forgotten_leaves_first_with_the_gaps_above() -> None:
+    index = branched()
+    gone = index.prune([3, 4, 5, 6], [[-1] * 7, [-1, -1, 9, -1, -1, -1, -1]])
+    assert sorted(gone) == [3, 4, 5, 6], "what lies above them is still somewhere"
+    index.check()
+    index = branched()
+    nowhere = [-1] * 7
+    assert index.prune([0, 1], [nowhere]) == [], "others continue them"
+    assert sorted(index.prune([3, 4], [[-1] * 5 + [7, -1]])) == [3, 4, 6]
+    assert sorted(index.prune([5], [nowhere])) == [0, 1, 2, 5]
+    assert len(index) == 0
+    index.check()
+
+
 # ---- prefetches
 
 

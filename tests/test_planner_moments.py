@@ -423,3 +423,29 @@ def test_an_eviction_frees_no_more_than_is_needed_over_free_pages() -> None:
     stats = world.planner.stats
     assert stats.get("tierkv_evicted_pages_total", "host") == 2
     assert [world.get([token]) for token in range(3)] == [0, 0, 1]
+
+
+def test_a_tenant_below_its_quota_takes_the_oldest_page_whosever_it_is() -> None:
+    world = World(spec_of(host=2, cold=6, quota=2))
+    world.put([1, 2], namespace="b")
+    world.land_all()
+    world.put([3, 4])
+    world.land_all()
+    world.put([5, 6], namespace="b")  # takes the place of its own first, the oldest
+    world.land_all()
+    assert world.tier_of(keys_of(3)) is TierId.HOST
+    world.handle(ev.Hint(ev.HintKind.PREFETCH, keys_of(1, 2, namespace="b"), "b"))
+    world.land_all()
+    assert world.tier_of(keys_of(5, namespace="b")) is TierId.HOST
+    assert world.tier_of(keys_of(3)) is TierId.COLD
+    world.planner.check()
+
+
+def test_what_the_cold_tier_gives_up_is_dirty_where_memory_has_it() -> None:
+    world = World(spec_of(host=4, cold=2))
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        world.put(tokens)
+        world.land_all()
+    assert sorted(world.planner.movement.unsaved().values()) == sorted(keys_of(1, 2))
+    assert world.tier_of(keys_of(1)) is TierId.HOST
+    world.planner.check()

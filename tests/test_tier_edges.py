@@ -8,11 +8,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tierkv.core import registry as registry_module
 from tierkv.core.errors import ConfigError, TierFailed
 from tierkv.core.geometry import KIB, MIB, KVGeometry, PagePlan, PageTargets
 from tierkv.core.tier import Span
@@ -25,7 +27,7 @@ from tierkv.tiers.files import beneath
 from tierkv.tiers.files.base import aligned_array
 from tierkv.tiers.files.portable import PortableFiles
 from tierkv.tiers.host import HostTier
-from tierkv.tiers.seals import load_seal
+from tierkv.tiers.seals import SEALS, load_seal
 from tierkv.tiers.seals.hmac_sha256 import HmacSeal
 from tierkv.tiers.seals.key_file import make_key, read_key
 from tierkv.tiers.seals.without_key import WithoutKey
@@ -342,3 +344,61 @@ def test_a_segment_cut_in_or_behind_its_header_can_be_used_again(
         if life == 0:
             os.truncate(tmp_path / "segment-00000000.tkv", size_bytes)
     assert found == [[], [], [1, 2]]
+
+
+def test_what_a_tier_counts_it_counts_every_time() -> None:
+    files = FaultyFiles(MemoryFiles(Path("disk")))
+    tier = opened(files)
+    fill(tier, [0, 1, 8])
+    outs = [aligned_array(PAGE_BYTES, 4096) for _ in range(2)]
+    for number in (1, 2):
+        assert tier.read_pages([0, 8], outs) == [True, True]
+        tier.sync()
+        assert (tier.usage().pages_read, tier.usage().syncs) == (2 * number, number)
+    assert (tier.usage().pages_written, tier.usage().stored, tier.io_errors) == (3, 3, 0)
+    files.schedule = from_then_on(files.calls, Fault.EIO)
+    assert tier.read_pages([0, 8], outs) == [False, False]
+    files.schedule = None
+    assert tier.io_errors == tier.usage().io_errors == 2
+    assert (tier.usage().pages_read, tier.usage().stored, tier.usage().quarantined) == (4, 1, 2)
+    fill(tier, [9])
+    files.schedule = from_then_on(files.calls, Fault.EIO)
+    with pytest.raises(TierFailed):
+        tier.sync()
+    files.schedule = None
+    assert tier.usage().stored == 1 - (1 in tier.distrusted)
+    assert [line for line in tier.check() if "segment" in line] == []
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_a_page_that_does_not_verify_at_a_start_is_torn_only_after_a_crash(is_clean: bool) -> None:
+    disk = MemoryFiles(Path("disk"))
+    tier = opened(FaultyFiles(disk))
+    fill(tier, [0, 1])
+    tier.sync()
+    if is_clean:
+        tier.close()
+    disk.shutdown()
+    handle = disk.open("segment-00000000.tkv")
+    space = aligned_array(4096, 4096)
+    at = 4096 + 4096  # behind the headers of the segment and of page 0: its payload begins
+    disk.read(handle, at, [space.data])
+    space[100] ^= 1
+    disk.write(handle, at, [space.data])
+    again = SegmentTier(disk, PLAN, FINGERPRINT, pages_max=20, segment_cold_pages=2)
+    found = sorted(page.page for page in again.open())
+
+    assert found == ([0, 1] if is_clean else [1])
+    assert again.usage().pages_torn == (0 if is_clean else 1)
+    assert len(again.check()) == (0 if is_clean else 1)
+    again.close()
+
+
+def test_another_package_adds_a_seal_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("other", "tierkv.tiers.seals.hmac_sha256:HmacSeal", "tierkv.seals")
+
+    def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
+        return [point] if group == point.group and name in (None, point.name) else []
+
+    monkeypatch.setattr(registry_module, "entry_points", entry_points)
+    assert SEALS.load("other") is HmacSeal

@@ -284,10 +284,12 @@ def _is_left_out(node: cst.CSTNode) -> bool:
 
 
 def _is_error(node: cst.CSTNode) -> bool:
-    """Whether a call makes an error of ours, or of Python's, to be raised by the caller."""
+    """Whether a call makes an error to be raised, or is told how to name what it may raise."""
     if not (isinstance(node, cst.Call) and isinstance(node.func, cst.Name)):
         return False
-    return re.search("(Error|Failed|Full|Data|Mismatch|Closed)$", node.func.value) is not None
+    name = node.func.value
+    makes = re.search("(Error|Failed|Full|Data|Mismatch|Closed)$", name)
+    return (makes or re.match(r"expect|checked|tier_errors|_as_os_error", name)) is not None
 
 
 def _is_text(node: cst.CSTNode) -> bool:
