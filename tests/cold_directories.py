@@ -6,6 +6,7 @@ the namespace alone, so that a test can ask for it again by `tokens_of`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def run_command(*arguments: object) -> int:
     """The exit code of `tierkv ARGUMENTS`; what it prints goes where the test's output goes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
+        patch.setattr(os, "nice", lambda _: None)  # a process cannot take that back
         with pytest.raises(SystemExit) as caught:
             cli.main()
     code = caught.value.code

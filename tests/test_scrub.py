@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -264,6 +265,7 @@ def test_a_real_interrupt_of_a_real_process_is_130(cold: Path, notes: Path) -> N
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert b"begins" in process.stdout.readline()
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19, "others go first"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130

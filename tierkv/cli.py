@@ -208,6 +208,7 @@ def scrub(
 
     try:
         passes = Scrub(directory, parse_rate(rate), ScrubWords(_console()), key_file)
+        os.nice(19)  # a core that somebody waits for is theirs
         is_good = passes.run(once=once)
     except KeyboardInterrupt:
         _complain("interrupted")

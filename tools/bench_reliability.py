@@ -52,8 +52,8 @@ SLOT_BYTES: Final = 2 * MIB + 8192
 SCRUB_RATE: Final = 100e6
 #: 2,000 tokens a second of Llama-3-8B.
 PUT_RATE: Final = 256e6
-#: How long a condition has its turn; twice that for large reads.
-WINDOW_S: Final = 0.3
+#: How long a condition has its turn, twice that for large reads: a whole number of puts.
+WINDOW_S: Final = 2 * 64 * MIB / PUT_RATE
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from tierkv.core.errors import GeometryMismatch, TierFailed
 from tierkv.core.geometry import KVGeometry, PagePlan, PageTargets
 from tierkv.core.tier import BlockLabel, PageLabel, RecoveredPage
 from tierkv.testing.file_engines import page_bytes
+from tierkv.tiers.files import base
 from tierkv.tiers.files.base import FileEngine, aligned_array
 from tierkv.tiers.seals.base import Seal
 from tierkv.tiers.segments import SegmentTier
@@ -140,6 +141,31 @@ class ColdTierTests(ABC):
             array[:] = 0
         assert tier.read_pages([0, 1], shifted) == [True, True]
         assert [bytes(array) for array in shifted] == [bytes(page_bytes(p)) for p in (0, 1)]
+        tier.close()
+
+    def test_a_write_that_gives_way_is_small_requests_and_the_same_bytes(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(base, "TURN_BYTES", 4096)
+        tier, _ = self.open_tier()
+        asked: list[int] = []
+        real = tier._files.write
+
+        def write(handle: int, offset: int, buffers: Sequence[base.Buffer]) -> None:
+            asked.append(sum(map(len, buffers)))
+            real(handle, offset, buffers)
+
+        monkeypatch.setattr(tier._files, "write", write)
+        pages = [3, 4, 5, 9, 17]
+        payloads, labels = [page_bytes(p) for p in pages], [page_label(p) for p in pages]
+        tier.write_pages(pages, payloads, labels, gives_way=True)
+        assert max(asked) < PAGE_BYTES
+        assert sum(asked) >= len(pages) * SLOT_BYTES
+        assert self.verified(tier, pages) == pages
+        tier.close()
+        tier, found = self.open_tier()
+        assert sorted(one.page for one in found) == pages
+        assert self.verified(tier, pages) == pages
         tier.close()
 
     def test_a_page_never_written_is_a_miss_and_no_fault(self) -> None:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from tierkv.core.errors import CorruptData, TierFailed
 from tierkv.core.geometry import PagePlan
-from tierkv.tiers.files.base import Buffer, FileEngine, address_of, aligned_array
+from tierkv.tiers.files.base import Buffer, FileEngine, address_of, aligned_array, in_turns
 from tierkv.tiers.seals.base import SegmentSeal
 from tierkv.tiers.segment_directory import SegmentDirectory, SegmentFile
 from tierkv.tiers.segment_format import (
@@ -103,8 +103,13 @@ class SegmentIO:
             next_page = page + 1
         return runs
 
-    def write_run(self, headers: Sequence[PageHeader], payloads: Sequence[Payload]) -> None:
-        """Write one run, making its segment if need be. Raises OSError, ValueError."""
+    def write_run(
+        self, headers: Sequence[PageHeader], payloads: Sequence[Payload], *, gives_way: bool = False
+    ) -> None:
+        """Write one run, making its segment if need be. Raises OSError, ValueError.
+
+        `gives_way`: in small requests, so that nobody who reads waits for all of it.
+        """
         shape = self._shape
         segment = self._directory.ensure(headers[-1].page)
         buffers: list[Buffer] = []
@@ -124,7 +129,12 @@ class SegmentIO:
                     shape, header, payload.data, space.data, seal=seal, stored=through.data
                 )
             buffers += (space.data, through.data)
-        self._files.write(segment.handle, shape.offset_of(headers[0].page), buffers)
+        start = shape.offset_of(headers[0].page)
+        if not gives_way:
+            self._files.write(segment.handle, start, buffers)
+            return
+        for offset, piece in in_turns(start, buffers):
+            self._files.write(segment.handle, offset, [piece])
 
     def read_run(self, run: Sequence[Wanted]) -> list[Fault]:
         """Read and verify one run; per page None, or why its `out` holds anything."""
@@ -209,6 +219,12 @@ class SegmentIO:
             except CorruptData as error:
                 found.rejected[page] = str(error)
         return found
+
+    def torn(self, headers: Sequence[PageHeader], newest_max: int) -> dict[int, str]:
+        """Which of the `newest_max` newest pages do not verify: writes that a stop cut short."""
+        newest = sorted(headers, key=lambda header: header.generation, reverse=True)[:newest_max]
+        faults = {h.page: self.fault_of(h.page, h.generation, deep=True) for h in newest}
+        return {page: reason for page, reason in faults.items() if reason is not None}
 
     def fault_of(self, page: int, generation: int, *, deep: bool) -> str | None:
         """Why a page's header, and with `deep` its payload, is not that write; or None."""

@@ -138,13 +138,18 @@ class SegmentTier:
         return pages
 
     def write_pages(
-        self, pages: Sequence[int], payloads: Sequence[Payload], labels: Sequence[PageLabel]
+        self,
+        pages: Sequence[int],
+        payloads: Sequence[Payload],
+        labels: Sequence[PageLabel],
+        *,
+        gives_way: bool = False,
     ) -> None:
         """Store `payloads`, each (warm_page_bytes,) uint8, under `pages`; blocks until written.
 
-        Consecutive pages go in one request. All become readable, or on an error none:
-        TierFull without space, TierFailed on a device error, ValueError or GeometryMismatch for
-        what cannot be stored. Durable after the next good `sync`.
+        Consecutive pages go in one request, or where it `gives_way` to readers in small ones. All
+        become readable, or on an error none: TierFull without space, TierFailed on a device error,
+        ValueError or GeometryMismatch for what cannot be stored. Durable after a good `sync`.
         """
         numbers = self._checked_batch(pages, payloads)
         if len(labels) != len(numbers) or len(set(numbers)) != len(numbers):
@@ -165,7 +170,8 @@ class SegmentTier:
         with tier_errors("cannot write to the cold tier", self._count_io_error):
             try:
                 for run in runs:
-                    self._io.write_run([headers[i] for i in run], [payloads[i] for i in run])
+                    heads, bodies = [headers[i] for i in run], [payloads[i] for i in run]
+                    self._io.write_run(heads, bodies, gives_way=gives_way)
             except OSError:
                 self._erase_all(numbers)
                 raise
@@ -425,7 +431,8 @@ class SegmentTier:
         scan = self._io.scan(threads=SCAN_THREADS)
         newest = max((header.generation for header in scan.headers), default=0)
         epoch = self._directory.begin(newest >> EPOCH_SHIFT)
-        torn = {} if was_clean else self._torn_of(scan.headers)
+        newest_max = self._inflight_max_bytes // self._plan.warm_page_bytes
+        torn = {} if was_clean else self._io.torn(scan.headers, newest_max)
         for page in (*scan.rejected, *torn):
             self._erase_header(page)
         kept = [header for header in scan.headers if header.page not in torn]
@@ -441,10 +448,3 @@ class SegmentTier:
         reasons = (scan.unreadable | scan.rejected | torn).items()
         self._findings = [f"dropped at open: {reason}" for _, reason in sorted(reasons)]
         return [RecoveredPage(header.page, header.generation, header.label) for header in kept]
-
-    def _torn_of(self, headers: Sequence[PageHeader]) -> dict[int, str]:
-        """Which of the newest pages do not verify: writes that the stop cut short."""
-        count = self._inflight_max_bytes // self._plan.warm_page_bytes
-        newest = sorted(headers, key=lambda header: header.generation, reverse=True)[:count]
-        faults = {h.page: self._io.fault_of(h.page, h.generation, deep=True) for h in newest}
-        return {page: reason for page, reason in faults.items() if reason is not None}

@@ -339,7 +339,9 @@ class TransferEngine:
                 host.zero(move.source, move.unused)
             payloads = [host.pages[move.source] for move in moves]
             labels = [move.label for move in moves if move.label is not None]
-            self._cold.write_pages([move.target for move in moves], payloads, labels)
+            gives_way = self._lanes["read"].is_busy
+            pages = [move.target for move in moves]
+            self._cold.write_pages(pages, payloads, labels, gives_way=gives_way)
             if self._sync_each_write:
                 self._cold.sync()
         else:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from tierkv.tiers.files.base import Buffer, FileEngine, aligned_array
+from tierkv.tiers.files.base import Buffer, FileEngine, aligned_array, in_turns
 from tierkv.tiers.files.direct import DirectFiles
 from tierkv.tiers.files.portable import PortableFiles
 
 _NO_LOCK: Final = -1
 #: What every engine can read in one piece.
 _PIECE_BYTES: Final = 4096
-#: A disk reads less than this in a fraction of the time that a page takes.
-_TURN_BYTES: Final = 128 << 10
 
 
 class LookingFiles:
@@ -76,12 +74,9 @@ class LookingFiles:
         if self._before_read is None:
             self.inner.read(handle, offset, buffers)
             return
-        for view in buffers:
-            for at in range(0, len(view), _TURN_BYTES):
-                piece = view[at : at + _TURN_BYTES]
-                self._before_read(len(piece))
-                self.inner.read(handle, offset + at, [piece])
-            offset += len(view)
+        for at, piece in in_turns(offset, buffers):
+            self._before_read(len(piece))
+            self.inner.read(handle, at, [piece])
 
     def write(self, handle: int, offset: int, buffers: Sequence[Buffer]) -> None:
         """Believed and not done."""

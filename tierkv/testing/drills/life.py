@@ -114,7 +114,9 @@ class Life:
                 self._may[page] = self._may[page] | {value, _NOTHING}
                 self._ever[page].add(value)
             payloads = [page_bytes_of(value) for value in step.values]
-            tier.write_pages(step.pages, payloads, [label_of(value) for value in step.values])
+            labels = [label_of(value) for value in step.values]
+            gives_way = sum(step.values) % 2 == 1  # half of them in small requests
+            tier.write_pages(step.pages, payloads, labels, gives_way=gives_way)
             self._now.update(zip(step.pages, step.values, strict=True))
             self._unsure.difference_update(step.pages)
         elif step.action == "read":

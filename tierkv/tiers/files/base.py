@@ -9,15 +9,18 @@ is decided above.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 #: A contiguous run of bytes, format "B"; writable where it is read into.
 Buffer: TypeAlias = memoryview
+
+#: A disk moves less than this in a fraction of the time that a page takes.
+TURN_BYTES: Final = 128 << 10
 
 
 def aligned_array(size_bytes: int, align_bytes: int) -> npt.NDArray[np.uint8]:
@@ -31,6 +34,17 @@ def address_of(array: npt.NDArray[np.uint8]) -> int:
     """Where the array's first byte lies in memory."""
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def in_turns(offset: int, buffers: Sequence[Buffer]) -> Iterator[tuple[int, Buffer]]:
+    """Cut a request into small ones: what somebody else asks of the disk waits for one of them.
+
+    The offset and the bytes of each, at most `TURN_BYTES`.
+    """
+    for view in buffers:
+        for at in range(0, len(view), TURN_BYTES):
+            yield offset + at, view[at : at + TURN_BYTES]
+        offset += len(view)
 
 
 def check_name(name: str) -> str:
