@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,7 @@ _SCAN_SLOTS_MIN: Final = 1024
 _SPARE_HEADERS_MAX: Final = 256
 
 Payload: TypeAlias = npt.NDArray[np.uint8]
+Raised = TypeVar("Raised", CorruptData, OSError)
 #: Why a page cannot be used, or None.
 Fault: TypeAlias = CorruptData | OSError | None
 
@@ -153,7 +154,7 @@ class SegmentIO:
             self._files.read(segment.handle, shape.offset_of(run[0].page), buffers)
             seal = segment.seal
         except OSError as error:
-            faults: list[Fault] = [error]
+            faults: list[Fault] = [_bare(error)]
             if len(run) > 1:  # one bad sector must cost one page: ask for each alone
                 faults = [self.read_run([wanted])[0] for wanted in run]
             return lambda: faults
@@ -288,13 +289,21 @@ class _Scratch(threading.local):
         return [array[index * row_bytes : (index + 1) * row_bytes] for index in range(count)]
 
 
+def _bare(error: Raised) -> Raised:
+    """An error that is handed on as a value: its frames would keep the payload's memory in use."""
+    context = error.__context__
+    if context is not None:
+        context.__traceback__ = None
+    return error.with_traceback(None)
+
+
 def _fault(
     header: Buffer, payload: Buffer, shape: SegmentShape, wanted: Wanted
 ) -> CorruptData | None:
     try:
         verify_page(header, payload, shape, page=wanted.page, generation=wanted.generation)
     except CorruptData as error:
-        return error
+        return _bare(error)
     return None
 
 
@@ -316,5 +325,5 @@ def _sealed_fault(
             header, payload, shape, page=wanted.page, generation=wanted.generation, seal=seal
         )
     except CorruptData as error:
-        return error
+        return _bare(error)
     return None
