@@ -247,6 +247,18 @@ def test_a_demand_joins_a_prefetch_and_raises_it() -> None:
     assert world.planner.stats.get("tierkv_prefetch_bytes_total", "late") == 16
 
 
+def test_the_block_in_the_first_place_of_the_disk_is_prefetched_too() -> None:
+    world = World(spec_of(host=2, cold=6))
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        world.put(tokens)
+        world.land_all()
+    (key, _) = CHAINS["default"].of_tokens([1, 2])
+    assert world.planner.tables[TierId.COLD].ready[world.planner.match([key])[0]] == 0
+    world.handle(ev.Hint(ev.HintKind.PREFETCH, [key]))
+    (transfer,) = world.flights.values()
+    assert [move.source for move in transfer.moves] == [0]
+
+
 def test_a_prompt_gets_room_that_its_own_later_blocks_hold() -> None:
     world = World(spec_of(host=1, cold=6))
     world.put([1])

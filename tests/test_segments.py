@@ -188,6 +188,20 @@ def test_after_a_failed_sync_what_was_not_durable_is_forgotten() -> None:
     tier.close()
 
 
+def test_a_stop_whose_sync_fails_is_not_a_clean_one() -> None:
+    files = memory()
+    tier = tier_on(files)
+    tier.open()
+    fill(tier, {0: 0})
+    files.schedule = lambda _number, operation: Fault.EIO if operation == "sync" else None
+    with pytest.raises(TierFailed):
+        tier.close()
+    files.schedule = None
+    after = tier_on(files)
+    assert after._directory.open() is False
+    after._directory.release()
+
+
 def test_a_write_that_a_failed_sync_overtook_is_not_trusted() -> None:
     files = memory()
     tier = tier_on(files)

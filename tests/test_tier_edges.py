@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -102,6 +103,21 @@ def test_large_and_small_copies_move_the_same_bytes(blocks: int, shift: int) -> 
     assert (out[:, [0, -1]] == 7).all(), "neighbours are left alone"
     first = tier.blocks[7, :, 0]
     assert np.array_equal(first, data[:, 0])
+    tier.close()
+
+
+def test_zeroed_places_and_the_padding_hold_nothing_and_their_neighbours_stay() -> None:
+    plan = replace(WIDE, warm_page_bytes=WIDE.warm_page_bytes + 8192)
+    tier = HostTier(plan, pages=3, hugepages="off", threads=1)
+    tier.open()
+    tier.pages[:] = 7
+    tier.zero(1, (0, 2))
+
+    assert not tier.blocks[1][:, [0, 2]].any()
+    assert not tier.pages[1, plan.warm_payload_bytes :].any()
+    assert (tier.blocks[1][:, 1] == 7).all()
+    assert (tier.blocks[1][:, 3:] == 7).all()
+    assert (tier.pages[[0, 2]] == 7).all()
     tier.close()
 
 

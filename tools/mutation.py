@@ -66,7 +66,7 @@ TESTS = {
     "tierkv/tiers/files/": "file_engines tier_edges | segments seal",
     "tierkv/tiers/files/gds.py": "gds | file_engines",
     "tierkv/tiers/seals/": "seal tier_edges | scrub seal_store",
-    "tierkv/tiers/": "segment_format segments tier_edges | seal scan golden scrub",
+    "tierkv/tiers/": "segment_format segments tier_edges | seal scan golden scrub zero_freed",
 }
 
 #: What is no mutant, as it cannot change what the code does; printed with the result.

@@ -93,6 +93,7 @@ class FileEngineTests(ABC):
         assert not found.any()
         assert files.size(handle) == 4 * 4096
         assert files.allocated(handle) >= 4 * 4096
+        assert files.allocated(handle) % 512 == 0
 
     def test_preallocating_keeps_what_was_written(self, files: FileEngine) -> None:
         handle = files.open("a", create=True)
