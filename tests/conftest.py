@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tierkv.testing.drills import base
 
 # A blob replays a failure; no deadline, because two cores are shared with other tests.
 settings.register_profile(
@@ -22,6 +25,13 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.load_profile("ci" if os.environ.get("CI") else "tierkv")
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """No logs where what is damaged is repaired or refused, and said so, over and over."""
+    with base.quiet():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

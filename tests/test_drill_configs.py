@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 import time
@@ -25,14 +24,6 @@ from tierkv.testing.drills.config_changes import changed
 
 #: Changed files after the catalogue; `make reliability` does many times as many.
 CHANGED = 1_000
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Stores on odd directories say so."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.usefixtures("quiet")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 import xxhash
 
@@ -19,13 +16,7 @@ from tierkv.tiers.segment_io import Scan, SegmentIO
 
 CASES = 20_000
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Every case repairs a directory, and says so."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def test_damage_costs_what_it_touches_and_never_gives_wrong_bytes() -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,6 @@ from tierkv.transfer.breaker import State
 
 #: Cases after the entries one by one: one to three together.
 TOGETHER = 100
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Every case repairs a directory, and says so."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.usefixtures("quiet")

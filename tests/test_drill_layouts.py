@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterator
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
@@ -21,13 +19,7 @@ from tierkv.tiers.segment_directory import SegmentDirectory
 SEED = 1
 CASES = 140
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Refusals and closed stores are logged."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.parametrize("part", range(2))

@@ -19,7 +19,7 @@ from tierkv.reading import Match, Reader
 from tierkv.runtime import Runtime
 from tierkv.store import Store
 from tierkv.testing.drills import processes
-from tierkv.testing.drills.base import BROKEN, LEAKED, LOST, WRONG_BYTES, Tally, Wrong
+from tierkv.testing.drills.base import BROKEN, LEAKED, LOST, NOT_RUN, WRONG_BYTES, Tally, Wrong
 from tierkv.testing.drills.life import label_of, page_bytes_of, tier_on
 from tierkv.testing.drills.process_child import Journal, Life, Task, tokens_of
 from tierkv.testing.drills.process_faults import KINDS
@@ -130,7 +130,7 @@ def test_a_case_without_its_means_is_said_not_to_have_run(
     tally = processes.run(1, SEED, only="kill_at_a_call")
 
     assert not tally.holds
-    assert "strace" in tally.wrong[processes.NOT_RUN][0]
+    assert "strace" in tally.wrong[NOT_RUN][0]
 
 
 def test_a_store_with_an_event_half_done_is_a_miss_until_it_is_opened_again(tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 
 from tierkv.testing.drills import Tally, crashes, nth_fault
@@ -15,13 +12,7 @@ SEED = 1
 #: Of each drill; `make reliability` does many times as many.
 CRASHES, FAULTS = 20_000, 5_000
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Every case repairs a directory, and says so."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def expect_nothing_wrong(tally: Tally, cases: int) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,7 @@ NAMES = sorted(INDEX)
 PROTECTED = [name for name in NAMES if "protection" in INDEX[name]]
 BYTES_MAX = 200 << 10
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """What a crash left is repaired, and logged."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def extracted(name: str, directory: Path) -> Path:

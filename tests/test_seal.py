@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hmac import digest
 from pathlib import Path
 
@@ -52,13 +51,7 @@ Image = dict[str, bytes]
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """What is damaged here is repaired, and logged."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class TestHmacKeepsTheContract(ColdTierTests):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,13 +43,7 @@ PROTECTIONS = ["hmac", "aes-256-gcm"]
 
 protections = pytest.mark.parametrize("protection", PROTECTIONS)
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """What is damaged here is repaired, and logged."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

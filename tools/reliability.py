@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tierkv.testing.drills import Tally
-from tierkv.testing.drills.base import BROKEN, LEAKED, LOST, WRONG_BYTES
+from tierkv.testing.drills.base import BROKEN, LEAKED, LOST, NOT_RUN, WRONG_BYTES
 
 
 class Class(NamedTuple):
@@ -103,12 +103,20 @@ def part(module: str, cases: int, seed: int) -> Tally:
 
 def cells(one: Class, tally: Tally) -> list[str]:
     """One row of the table."""
-    counts = [str(len(tally.wrong.get(kind, []))) for kind in (WRONG_BYTES, LOST, BROKEN, LEAKED)]
+    counts = [str(len(tally.wrong.get(kind, []))) for kind in HEAD_OF]
     seeds = f"{tally.seed}..{tally.seed + PARTS - 1}"
     return [one.words, f"{tally.cases:,}", seeds, *counts, f"{tally.seconds:.0f} s"]
 
 
-HEADS = ("what", "cases", "seeds", "wrong bytes", "durable lost", "errors", "leaks", "time")
+#: What is counted, and what the table calls it.
+HEAD_OF = {
+    WRONG_BYTES: "wrong bytes",
+    LOST: "durable lost",
+    BROKEN: "errors",
+    LEAKED: "leaks",
+    NOT_RUN: "not run",
+}
+HEADS = ("what", "cases", "seeds", *HEAD_OF.values(), "time")
 
 
 def show(rows: list[tuple[Class, Tally]]) -> None:

@@ -14,6 +14,8 @@ WRONG_BYTES = "wrong bytes"
 LOST = "durable and lost"
 BROKEN = "not a miss but an error"
 LEAKED = "leaked"
+#: What the case needs is not on this machine; the drill does not hold, as it was not held.
+NOT_RUN = "not run"
 
 
 @dataclass(slots=True)

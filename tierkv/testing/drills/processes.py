@@ -38,6 +38,7 @@ from tierkv.testing.drills.base import (
     BROKEN,
     LEAKED,
     LOST,
+    NOT_RUN,
     WRONG_BYTES,
     Tally,
     Wrong,
@@ -60,7 +61,6 @@ from tierkv.testing.drills.process_faults import Fault, fault_of
 from tierkv.testing.drills.process_server import Order, Server
 
 NAME: Final = "processes"
-NOT_RUN: Final = "not run"
 #: A life or a look that takes longer hangs.
 LIMIT_S: Final = 60.0
 _WORD_BYTES_MAX: Final = 1 << 18
