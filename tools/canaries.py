@@ -99,11 +99,9 @@ CANARIES = (
     Canary(
         "a write that failed is ignored",
         "tierkv/tiers/segment_io.py",
-        "        self._files.write(segment.handle, shape.offset_of(headers[0].page), buffers)\n",
-        "        try:\n"
-        "            self._files.write(segment.handle, shape.offset_of(headers[0].page), buffers)\n"
-        "        except OSError:\n"
-        "            pass\n",
+        "            self._files.write(segment.handle, start, buffers)\n",
+        "            with __import__('contextlib').suppress(OSError):\n"
+        "                self._files.write(segment.handle, start, buffers)\n",
         Drill("nth_fault", 3_000),
     ),
     Canary(
