@@ -2,10 +2,10 @@
 
 ::
 
-    vllm serve MODEL --distributed-executor-backend uni --kv-transfer-config '{
+    LLM(model, distributed_executor_backend="uni", kv_transfer_config={
         "kv_connector": "TierKVConnector", "kv_connector_module_path": "tierkv.engines.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"host": "4GiB", "cold": "64GiB", "directory": "kv"}}'
+        "kv_connector_extra_config": {"host": "4GiB", "cold": "64GiB", "directory": "kv"}})
 
 Names are vLLM's own block hashes, which hold the tokens, the adapter, images and the salt of a
 request; bytes are whole blocks of the engine's cache, in the engine's own form, which nothing here

@@ -58,7 +58,8 @@ def shared_store(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Sto
         raise ConfigError(
             f"vLLM runs {parallel.world_size} workers by the executor "
             f"{parallel.distributed_executor_backend!r}; tierkv needs its scheduler and its one "
-            "worker in one process; cure: --distributed-executor-backend uni"
+            "worker in one process; cure: --distributed-executor-backend uni, and on the CPU "
+            "VLLM_ENABLE_V1_MULTIPROCESSING=0 as well"
         )
     config = config_of(vllm_config.kv_transfer_config.kv_connector_extra_config, vllm_config)
     layout = layout_of(vllm_config, kv_cache_config, config)
