@@ -283,6 +283,10 @@ def test_mistakes_in_the_connectors_options_are_named_with_the_cure(model: Path)
     config.parallel_config.world_size = 2
     with pytest.raises(ConfigError, match="--distributed-executor-backend uni"):
         shared.shared_store(config, SimpleNamespace(kv_cache_groups=[]))
+    config = vllm_config(model, host="1MiB")
+    config.cache_config.prefix_caching_hash_algo = "xxhash"
+    with pytest.raises(ConfigError, match="hash-algo sha256"):
+        shared.shared_store(config, SimpleNamespace(kv_cache_groups=[]))
     two = SimpleNamespace(kv_cache_groups=[SimpleNamespace(), SimpleNamespace()])
     with pytest.raises(GeometryMismatch, match="2 groups"):
         shared.shared_store(vllm_config(model, host="1MiB"), two)

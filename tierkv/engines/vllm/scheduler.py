@@ -41,7 +41,6 @@ class _Tracked:
     """A request that has blocks."""
 
     request: Request
-    keys: list[BlockKey] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     #: Blocks from the first that are stored, or that a step was told to save.
     saved: int = 0

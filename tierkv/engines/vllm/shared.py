@@ -9,7 +9,6 @@ and how the engine lays a block out.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,10 +28,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-logger = logging.getLogger(__name__)
-
 #: What `kv_connector_extra_config` may hold.
-_OPTIONS: Final = ("config", "host", "cold", "directory", "put_deadline_ms")
+_OPTIONS: Final = ("config", "host", "cold", "directory")
 #: Weights up to this size are read whole to know them; of larger files parts are.
 _WHOLE_BYTES: Final = 1 << 30
 _PART_BYTES: Final = 1 << 20
@@ -60,6 +57,12 @@ def shared_store(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Sto
             f"{parallel.distributed_executor_backend!r}; tierkv needs its scheduler and its one "
             "worker in one process; cure: --distributed-executor-backend uni, and on the CPU "
             "VLLM_ENABLE_V1_MULTIPROCESSING=0 as well"
+        )
+    hashes = str(vllm_config.cache_config.prefix_caching_hash_algo)
+    if not hashes.startswith("sha256"):
+        raise ConfigError(
+            f"vLLM names blocks by {hashes}, which a prompt can be made to forge; cure: "
+            "--prefix-caching-hash-algo sha256"
         )
     config = config_of(vllm_config.kv_transfer_config.kv_connector_extra_config, vllm_config)
     layout = layout_of(vllm_config, kv_cache_config, config)

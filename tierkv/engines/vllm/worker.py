@@ -26,8 +26,6 @@ from tierkv.store import Lease, Match, Store
 
 logger = logging.getLogger(__name__)
 
-#: The store has its own deadlines; a step that waits longer than this has met a bug.
-_LAYER_S: Final = 60.0
 #: An engine that has nothing to compute steps on and on, and would keep the loader from its core.
 _IDLE_S: Final = 5e-3
 
@@ -45,7 +43,6 @@ class WorkerSide:
         self._under_way: dict[str, Future[list[int]]] = {}
         self._not_loaded: set[int] = set()
         self._failures = 0
-        self.loaded_blocks = 0
         self.saved_blocks = 0
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
@@ -68,9 +65,13 @@ class WorkerSide:
             self._under_way[blocks.request] = self._beside.submit(loading.run)
 
     def wait_for_layer(self, name: str) -> None:
-        """Return when a layer holds what the step loads, as far as that arrived."""
+        """Return when a layer holds what the step loads, as far as that arrived.
+
+        It has no deadline but the store's: a step that went on before would compute on bytes that
+        arrive later, and save what it computed.
+        """
         if self._loading is not None:
-            self._loading.done[self._numbers[name]].wait(_LAYER_S)
+            self._loading.done[self._numbers[name]].wait()
 
     def save(self, step: Step) -> None:
         """Put what the step computed; nothing of a step that may have computed on what is missing.
