@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench reliability reliability-canaries coverage mutation engines clean
+.PHONY: demo test check bench reliability reliability-canaries coverage mutation vllm engines clean
 .DEFAULT_GOAL := test
 
 # torch first and pinned: 2.13.0 is the CPU build here, a loose range pulls gigabytes.
@@ -51,7 +51,9 @@ VLLM := .venv-vllm/bin
 	$(VLLM)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-engines: $(READY) .venv-vllm/.ready
+vllm: $(READY) .venv-vllm/.ready
+
+engines: vllm
 	TIERKV_ENGINES=1 $(BIN)/python -m pytest --timeout 1500 tests/test_vllm_engine.py $(ARGS)
 	$(BIN)/python tools/bench_vllm.py
 

@@ -63,7 +63,7 @@ def test_a_block_that_is_published_before_its_bytes_are_there_is_found(
 
 def test_a_result_that_nobody_is_woken_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TransferEngine, "wait", lambda *_arguments, **_named: False)
-    assert found_after(60)
+    assert found_after(200)
 
 
 def test_a_flush_that_does_not_sync_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

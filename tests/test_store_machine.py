@@ -7,17 +7,20 @@ a get gives, block by block, bytes that were put under that prefix, or ends; wha
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tierkv.config import Config
 from tierkv.core.geometry import KVGeometry, Layout
+from tierkv.core.tier import TierId
 from tierkv.store import Hint, HintKind, Lease, Store
 from tierkv.testing.files import Fault, FaultyFiles, MemoryFiles, at_rates
 from tierkv.testing.store import abandon, staging_on
@@ -114,6 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
             staging_for=self.staging if self.staged else None,
         )
         self.files.schedule = self.schedule
+        self.copy: dict[bytes, TierId | None] = {}
 
     def staging(self, host: HostTier, device: DeviceTier) -> Staging:
         """A ring whose copies and kernels end at some time, in some order; half of it is pinned."""
@@ -229,6 +233,22 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.check()
         missing = self.durable - self.found()
         assert not missing, f"durable and lost: {sorted(missing)}"
+
+    @invariant()
+    def a_copy_that_is_kept_by_changes_has_what_the_store_has(self) -> None:
+        """And a block that the store would give from a slower tier is not said to be faster."""
+        runtime = self.store._runtime
+        with runtime.lock:
+            if runtime.gave_up:
+                return
+            for key, tier in runtime.planner.watch.changes().items():
+                self.copy[key] = tier
+            for namespace, prompt in list(self.put_values)[-12:]:
+                keys = self.store.keys(self.tokens(list(prompt)), namespace=namespace)
+                found = list(itertools.takewhile(lambda tier: tier is not None,
+                                                 map(self.copy.get, keys)))  # fmt: skip
+                counts = runtime.planner.match_counts(keys)
+                assert Counter(found) == Counter(counts), f"{prompt} of {namespace}"
 
     def teardown(self) -> None:
         if hasattr(self, "store"):

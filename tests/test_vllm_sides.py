@@ -16,11 +16,14 @@ import torch
 from tierkv.config import Config
 from tierkv.core.errors import ConfigError, GeometryMismatch
 from tierkv.core.geometry import Form, KVGeometry, Layout
-from tierkv.engines.vllm import shared
+from tierkv.engines.vllm import loading, opening
+from tierkv.engines.vllm.mirror import DISK, MEMORY, Mirror, Report
 from tierkv.engines.vllm.scheduler import SchedulerSide
+from tierkv.engines.vllm.split import BlockSeconds
 from tierkv.engines.vllm.step import Step
+from tierkv.engines.vllm.wishes import wishes_of
 from tierkv.engines.vllm.worker import WorkerSide, bytes_of
-from tierkv.store import Store
+from tierkv.store import Hint, HintKind, Store
 from tierkv.tiers.host import HostTier
 
 LAYERS, BLOCK, BLOCK_BYTES, PLACES = 4, 8, 512, 40
@@ -34,6 +37,7 @@ class Request:
     num_tokens: int
     num_computed_tokens: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
+    priority: int = 0
 
     def __post_init__(self) -> None:
         whole = self.num_tokens // BLOCK
@@ -61,8 +65,9 @@ class Engine:
 
     def __init__(self, store: Store, seed: int = 0) -> None:
         self.store = store
-        self.scheduler = SchedulerSide(store, block_tokens=BLOCK)
+        self.scheduler = SchedulerSide(block_tokens=BLOCK, block_bytes=LAYERS * BLOCK_BYTES)
         self.worker = WorkerSide(store)
+        self.scheduler.told([self.worker.report()])
         generator = torch.Generator().manual_seed(seed)
         shape = (LAYERS, PLACES, 2, BLOCK, BLOCK_BYTES // BLOCK // 8)
         self.cache = torch.rand(shape, generator=generator, dtype=torch.float32)
@@ -74,36 +79,43 @@ class Engine:
         matched, is_async = self.scheduler.matched(request, request.num_computed_tokens)
         self.scheduler.allocated(request, places, matched)
         if is_async:
-            self.step()
-            while request.request_id not in self.worker.arrived(is_idle=True):
+            failed = self.step()
+            while request.request_id not in self.worker.arrived(Step()):
                 pass
-            failed = self.worker.not_loaded()
+            failed |= self.heard()
             if failed:
-                self.scheduler.failed()
                 return failed
         self.scheduler.scheduled(request.request_id, places, matched, tokens - matched)
         return self.step()
 
     def step(self) -> set[int]:
         """What vLLM does around a forward pass."""
-        step = self.scheduler.step(is_idle=False)
+        step = self.scheduler.step()
+        self.worker.start()
         self.worker.begin(step)
         for name in self.names:
             self.worker.wait_for_layer(name)
         self.worker.end()
         self.worker.save(step)
+        return self.heard()
+
+    def heard(self) -> set[int]:
+        """What the scheduler hears of a step."""
         failed = self.worker.not_loaded()
+        self.scheduler.told([self.worker.report()])
         if failed:
-            self.scheduler.failed()
+            self.scheduler.failed(failed)
         return failed
+
+    def close(self) -> None:
+        self.worker.close()
 
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    with opened(config_of()) as store:
-        made = Engine(store)
-        yield made
-        made.worker.close()
+    made = Engine(opened(config_of()))
+    yield made
+    made.close()
 
 
 def test_what_one_request_computed_another_loads_bit_for_bit(engine: Engine) -> None:
@@ -139,21 +151,32 @@ def test_a_block_is_saved_when_all_its_tokens_are_computed(engine: Engine) -> No
     engine.step()
     assert engine.store.match_keys(request.block_hashes).blocks == 3, "also of one that has ended"
     engine.scheduler.scheduled("a", [1, 2, 3, 4], 0, 3 * BLOCK)
-    assert engine.scheduler.step(is_idle=True).saves == []
+    assert engine.scheduler.step().saves == []
 
 
 def test_what_is_on_disk_is_loaded_beside_the_steps(tmp_path: Path) -> None:
-    with opened(config_of(tmp_path)) as store:
-        one = Engine(store)
-        one.compute(Request("a", 8 * BLOCK + 1), list(range(8)), 8 * BLOCK + 1)
-        one.worker.close()
-    with opened(config_of(tmp_path)) as store:
-        other = Engine(store, seed=1)
-        request = Request("b", 8 * BLOCK + 1)
-        assert other.scheduler.matched(request, 0) == (8 * BLOCK, True)
-        assert other.compute(request, list(range(10, 19)), request.num_tokens) == set()
-        assert torch.equal(other.cache[:, 10:18], one.cache[:, :8])
-        other.worker.close()
+    one = Engine(opened(config_of(tmp_path)))
+    one.compute(Request("a", 8 * BLOCK + 1), list(range(8)), 8 * BLOCK + 1)
+    one.close()
+    other = Engine(opened(config_of(tmp_path)), seed=1)
+    request = Request("b", 8 * BLOCK + 1)
+    assert other.scheduler.matched(request, 0) == (8 * BLOCK, True)
+    assert other.scheduler.sources(request) == (0, 8 * BLOCK)
+    assert other.compute(request, list(range(10, 19)), request.num_tokens) == set()
+    assert torch.equal(other.cache[:, 10:18], one.cache[:, :8])
+    other.close()
+
+
+def test_a_prompt_larger_than_the_stores_memory_is_loaded_in_parts(tmp_path: Path) -> None:
+    """64 KiB are 8 warm pages, and so 32 blocks; the prompt has 36."""
+    one = Engine(opened(config_of(tmp_path)))
+    one.compute(Request("a", 36 * BLOCK + 1), list(range(36)), 36 * BLOCK + 1)
+    one.close()
+    other = Engine(opened(config_of(tmp_path)), seed=1)
+    request = Request("b", 36 * BLOCK + 1)
+    assert other.compute(request, list(range(2, 39)), request.num_tokens) == set()
+    assert torch.equal(other.cache[:, 2:38], one.cache[:, :36])
+    other.close()
 
 
 @pytest.mark.parametrize("how", ["forgotten", "an error"])
@@ -167,8 +190,6 @@ def test_blocks_that_are_not_there_any_more_are_named_and_nothing_computed_on_th
     engine.scheduler.allocated(longer, places, matched)
     engine.scheduler.scheduled("b", places, matched, 4 * BLOCK + 1)
     if how == "forgotten":
-        from tierkv.store import Hint, HintKind
-
         engine.store.hint(Hint(HintKind.FORGET, list(longer.block_hashes[:8])))
     else:
         monkeypatch.setattr(Store, "lease", lambda *_, **__: 1 / 0)
@@ -177,25 +198,31 @@ def test_blocks_that_are_not_there_any_more_are_named_and_nothing_computed_on_th
     assert engine.store.match_keys(longer.block_hashes).blocks == (0 if how == "forgotten" else 8)
 
     monkeypatch.undo()
+    assert engine.scheduler.matched(longer, 0) == (0, False), "it is not tried again"
     engine.scheduler.scheduled("b", places, 0, 12 * BLOCK + 1)
     assert engine.step() == set()
     assert engine.store.match_keys(longer.block_hashes).blocks == 12, "computed anew, and saved"
 
 
 def test_a_step_that_was_made_before_a_failure_was_known_saves_nothing(engine: Engine) -> None:
-    engine.worker._not_loaded = {3}
-    early = engine.scheduler.step(is_idle=False)
-    assert engine.worker.not_loaded() == {3}
-    request = Request("a", 2 * BLOCK)
-    engine.scheduler.allocated(request, [1, 2], 0)
-    engine.scheduler.scheduled("a", [1, 2], 0, 2 * BLOCK)
-    early.saves = engine.scheduler.step(is_idle=False).saves
+    engine.compute(Request("a", 2 * BLOCK + 1), [1, 2, 3], 2 * BLOCK + 1)
+    one, other = Request("b", 2 * BLOCK + 1), Request("c", 3 * BLOCK)
+    other.block_hashes = [f"{number:032d}".encode() for number in range(100, 103)]
+    for request, places in ((one, [4, 5, 6]), (other, [7, 8, 9])):
+        engine.scheduler.allocated(request, places, engine.scheduler.matched(request, 0)[0])
+    engine.scheduler.scheduled("b", [4, 5, 6], 2 * BLOCK, 1)
+    engine.store.hint(Hint(HintKind.FORGET, list(one.block_hashes)))
+    failing = engine.scheduler.step()
+    engine.scheduler.scheduled("c", [7, 8, 9], 0, 2 * BLOCK)
+    early = engine.scheduler.step()
+    engine.worker.begin(failing)
+    engine.worker.end()
     engine.worker.save(early)
-    assert engine.store.match_keys(request.block_hashes).blocks == 0
-    engine.scheduler.failed()
-    engine.scheduler.scheduled("a", [1, 2], 2 * BLOCK, 1)
-    engine.worker.save(engine.scheduler.step(is_idle=False))
-    assert engine.store.match_keys(request.block_hashes).blocks == 2
+    assert engine.store.match_keys(other.block_hashes).blocks == 0
+    assert engine.heard() == {4, 5}
+    engine.scheduler.scheduled("c", [7, 8, 9], 2 * BLOCK, 1)
+    engine.worker.save(engine.scheduler.step())
+    assert engine.store.match_keys(other.block_hashes).blocks == 2
 
 
 def test_a_put_that_raises_stops_no_engine(
@@ -209,22 +236,20 @@ def test_a_put_that_raises_stops_no_engine(
 def test_a_layer_is_ready_before_those_after_it(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tierkv.engines.vllm import worker
-
     engine.compute(Request("a", 8 * BLOCK + 1), list(range(8)), 8 * BLOCK + 1)
     request = Request("b", 8 * BLOCK + 1)
     engine.scheduler.allocated(request, list(range(20, 29)),
                                engine.scheduler.matched(request, 0)[0])  # fmt: skip
     ready: list[list[bool]] = []
-    real = worker._fill
+    real = loading._fill
 
     def fill(*arguments: object) -> None:
-        loading = engine.worker._loading
-        assert loading is not None
-        ready.append([event.is_set() for event in loading.done])
+        load = engine.worker._loading
+        assert load is not None
+        ready.append([event.is_set() for event in load.done])
         real(*arguments)
 
-    monkeypatch.setattr(worker, "_fill", fill)
+    monkeypatch.setattr(loading, "_fill", fill)
     engine.step()
     assert ready == [[number < at for number in range(LAYERS)] for at in range(LAYERS)]
 
@@ -241,7 +266,7 @@ def test_a_cache_of_another_shape_is_refused(engine: Engine) -> None:
 
 def vllm_config(model: Path, **options: object) -> SimpleNamespace:
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(world_size=1, distributed_executor_backend="uni"),
+        parallel_config=SimpleNamespace(world_size=1, rank=0),
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=options),
         cache_config=SimpleNamespace(
             block_size=BLOCK, cache_dtype="auto", prefix_caching_hash_algo="sha256"
@@ -265,34 +290,143 @@ def model(tmp_path: Path) -> Path:
 
 def test_changed_weights_are_another_model_and_a_copy_is_the_same(model: Path) -> None:
     config = vllm_config(model).model_config
-    before = shared.weights_identity(config)
+    before = opening.weights_identity(config)
     (model / "README.md").write_text("words are no weights")
-    assert shared.weights_identity(config) == before
+    assert opening.weights_identity(config) == before
     data = bytearray((model / "model.safetensors").read_bytes())
     data[2500] ^= 1
     (model / "model.safetensors").write_bytes(data)
-    assert shared.weights_identity(config) != before
+    assert opening.weights_identity(config) != before
 
 
 def test_mistakes_in_the_connectors_options_are_named_with_the_cure(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown cpu_bytes; known: .*directory"):
-        shared.config_of({"cpu_bytes": 5}, vllm_config(model))
+        opening.config_of({"cpu_bytes": 5}, vllm_config(model))
     with pytest.raises(ConfigError, match=r"tiers\.host\.capacity: .*64GiB"):
-        shared.config_of({"host": "a lot"}, vllm_config(model))
+        opening.config_of({"host": "a lot"}, vllm_config(model))
     config = vllm_config(model, host="1MiB")
-    config.parallel_config.world_size = 2
-    with pytest.raises(ConfigError, match="--distributed-executor-backend uni"):
-        shared.shared_store(config, SimpleNamespace(kv_cache_groups=[]))
-    config = vllm_config(model, host="1MiB")
+    one = SimpleNamespace(kv_cache_groups=[SimpleNamespace()])
+    opening.check_served(config, one)
     config.cache_config.prefix_caching_hash_algo = "xxhash"
     with pytest.raises(ConfigError, match="hash-algo sha256"):
-        shared.shared_store(config, SimpleNamespace(kv_cache_groups=[]))
+        opening.check_served(config, one)
     two = SimpleNamespace(kv_cache_groups=[SimpleNamespace(), SimpleNamespace()])
     with pytest.raises(GeometryMismatch, match="2 groups"):
-        shared.shared_store(vllm_config(model, host="1MiB"), two)
+        opening.check_served(vllm_config(model, host="1MiB"), two)
 
 
-def test_an_idle_step_waits_for_a_load_and_a_busy_one_does_not(engine: Engine) -> None:
-    assert engine.worker.arrived(is_idle=True) == set()
-    engine.worker.begin(Step())
-    assert engine.worker.not_loaded() == set()
+def test_ranks_share_the_capacities_and_replicas_have_a_directory_each(
+    model: Path, tmp_path: Path
+) -> None:
+    options = {"host": "64MiB", "cold": "1GiB", "directory": str(tmp_path / "kv")}
+    config = vllm_config(model)
+    config.parallel_config = SimpleNamespace(world_size=4, rank=2, data_parallel_rank=3)
+    found = opening.config_of(options, config).tiers
+    assert found.cold is not None
+    assert (found.host.capacity, found.cold.capacity) == (16 << 20, 256 << 20)
+    assert found.cold.directory == tmp_path / "kv" / "replica-3"
+
+
+# ---- what the scheduler knows, and what it makes of it
+
+
+def test_what_every_rank_has_is_found_and_the_slowest_tier_of_each_block_counts() -> None:
+    mirror = Mirror(2)
+    mirror.take(Report(0, {b"a": MEMORY, b"b": MEMORY, b"c": DISK}))
+    assert mirror.match([b"a"]) == []
+    mirror.take(Report(1, {b"a": DISK, b"b": MEMORY}))
+    assert mirror.match([b"a", b"b", b"c"]) == [DISK, MEMORY]
+    mirror.take(Report(0, {b"a": 0}))
+    assert mirror.match([b"a", b"b"]) == []
+    mirror.take(Report(0, {b"a": MEMORY}))
+    assert mirror.match([b"a", b"b"]) == [DISK, MEMORY]
+    mirror.take(Report(1, None))
+    assert mirror.match([b"a", b"b"]) == []
+
+
+def test_several_ranks_load_beside_the_steps_only() -> None:
+    side = SchedulerSide(block_tokens=BLOCK, block_bytes=1, ranks=2)
+    request = Request("a", 2 * BLOCK + 1)
+    side.told([Report(n, dict.fromkeys(request.block_hashes, MEMORY)) for n in range(2)])
+    assert side.matched(request, 0) == (2 * BLOCK, True)
+    side.allocated(request, [1, 2, 3], 2 * BLOCK)
+    step = side.step()
+    assert [blocks.places for blocks in step.async_loads] == [[1, 2]]
+    assert step.loads == []
+
+
+@pytest.mark.parametrize(
+    ("costs", "tiers", "loaded"),
+    [
+        (BlockSeconds(1, 1, 0), [MEMORY, DISK], 2),
+        (BlockSeconds(0, 0, 1), [MEMORY, DISK], 2),
+        (BlockSeconds(1, 20, 10), [MEMORY, MEMORY, DISK], 2),
+        (BlockSeconds(1, 12, 10), [DISK, MEMORY, DISK], 2),
+        (BlockSeconds(1, 50, 10), [DISK, MEMORY, DISK], 0),
+        (BlockSeconds(20, 50, 10), [MEMORY, MEMORY], 0),
+        (BlockSeconds(1, 1, 10), [], 0),
+    ],
+)
+def test_a_prefix_is_loaded_up_to_where_computing_is_sooner(
+    costs: BlockSeconds, tiers: list[int], loaded: int
+) -> None:
+    assert costs.split(tiers) == loaded
+
+
+def test_a_disk_that_was_too_slow_is_tried_again_after_a_while() -> None:
+    side = SchedulerSide(block_tokens=BLOCK, block_bytes=100)
+    request = Request("a", 2 * BLOCK + 1)
+    rates = {"disk_bytes_s": 100.0, "prefill_tokens_s": 2.0 * BLOCK}
+    side.told([Report(0, dict.fromkeys(request.block_hashes, DISK), **rates)])
+    found = [side.matched(request, 0)[0] for _ in range(10)]
+    assert found[0] == 0
+    assert found[-1] == 2 * BLOCK
+    assert side.counters["declined_tokens"] == 2 * BLOCK * found.count(0)
+
+
+def test_what_a_request_wishes_is_done_and_what_is_not_understood_is_not(engine: Engine) -> None:
+    action = SimpleNamespace(action_type="demote", payload={"ttl_s": 60})
+    wishes = wishes_of({"tierkv": {"hints": ["prefetch", "pin", "paint"], "colour": 3}}, [action])
+    assert wishes.at_start == [(HintKind.PREFETCH, 0)]
+    assert wishes.at_end == [(HintKind.PIN, 0), (HintKind.DEMOTE, 0), (HintKind.TTL, 60)]
+    request = Request("a", 2 * BLOCK + 1)
+    engine.scheduler.arrived(request, wishes)
+    engine.compute(request, [1, 2, 3], request.num_tokens)
+    engine.scheduler.finished("a")
+    step = engine.scheduler.step()
+    assert [wish.kind for wish in step.wishes] == [HintKind.PIN, HintKind.DEMOTE, HintKind.TTL]
+    assert all(list(wish.keys) == request.block_hashes for wish in step.wishes)
+    engine.worker.save(step)
+    assert engine.store.snapshot()["tierkv_hints_total"] == {
+        "demote": 1, "pin": 1, "prefetch": 1, "ttl": 1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [None, {}, {"tierkv": 7}, {"tierkv": {"hints": 5, "ttl_s": "x"}}])
+def test_odd_wishes_are_none(odd: dict[str, object] | None) -> None:
+    assert wishes_of(odd) == wishes_of(None)
+
+
+def test_a_request_may_be_kept_out_of_the_store(engine: Engine) -> None:
+    engine.compute(Request("a", 2 * BLOCK + 1), [1, 2, 3], 2 * BLOCK + 1)
+    other = Request("b", 3 * BLOCK)
+    engine.scheduler.arrived(other, wishes_of({"tierkv": {"load": False, "save": False}}))
+    assert engine.compute(other, [4, 5, 6], other.num_tokens) == set()
+    assert engine.store.match_keys(other.block_hashes).blocks == 2
+    again = Request("c", 3 * BLOCK)
+    engine.scheduler.arrived(again, wishes_of({"tierkv": {"hints": "never_again"}}))
+    assert engine.scheduler.matched(again, 0) == (2 * BLOCK, False)
+    engine.compute(again, [7, 8, 9], again.num_tokens)
+    assert engine.store.match_keys(other.block_hashes).blocks == 2
+
+
+def test_a_cleared_store_has_nothing_and_takes_new_blocks(engine: Engine) -> None:
+    engine.compute(Request("a", 2 * BLOCK + 1), [1, 2, 3], 2 * BLOCK + 1)
+    engine.scheduler.clear()
+    request = Request("b", 2 * BLOCK + 1)
+    assert engine.scheduler.matched(request, 0) == (0, False)
+    assert engine.compute(request, [4, 5, 6], 0) == set()
+    assert engine.store.match_keys(request.block_hashes).blocks == 0
+    engine.scheduler.scheduled("b", [4, 5, 6], 0, 2 * BLOCK + 1)
+    engine.step()
+    assert engine.scheduler.matched(Request("c", 2 * BLOCK + 1), 0) == (2 * BLOCK, False)

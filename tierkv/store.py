@@ -124,6 +124,18 @@ class Store:
         by_tier = {tier.label: count * step for tier, count in counts.items()}
         return Match(list(keys[: sum(counts.values())]), step, namespace, by_tier)
 
+    def changes(self) -> dict[BlockKey, TierId | None] | None:
+        """The fastest tier of each block where that may have changed since this was last asked.
+
+        For whoever keeps a copy of what is stored; the first call gives all of it. None for a block
+        that cannot be read any more, and None as a whole where nothing can be.
+        """
+        runtime = self._runtime
+        with runtime.guard, runtime.lock:
+            runtime.pump()
+            return runtime.planner.watch.changes()
+        return None
+
     # ---- reading
 
     def get(self, match: Match, out: Rows, *, first_block: int = 0) -> int:
@@ -208,6 +220,20 @@ class Store:
             with self._runtime.lock:
                 self._runtime.pump()
                 out = self._runtime.handle(hint)
+            self._erase(out)
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """A chain was used without being read here: it goes later."""
+        with self._runtime.guard, self._runtime.lock:
+            self._runtime.pump()
+            self._runtime.handle(ev.Touch(list(keys)))
+
+    def clear(self) -> None:
+        """Forget everything that nobody is reading or writing."""
+        with self._runtime.guard:
+            with self._runtime.lock:
+                self._runtime.pump()
+                out = self._runtime.handle(ev.Clear())
             self._erase(out)
 
     def step(self) -> None:

@@ -136,3 +136,7 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
         names = ("quantization_config", "is_quantized", "quantization_method", "_is_quantized")
         for name in names:
             owner.__dict__.pop(name, None)
+
+
+if __name__ == "__main__":
+    print(checkpoint(lambda _what, _part: None))  # noqa: T201 for `MODEL=$(python -m ...)`

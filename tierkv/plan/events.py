@@ -23,6 +23,7 @@ class HintKind(StrEnum):
     PREFETCH = "prefetch"  # bring it to host memory now
     EXPECT = "expect"  # it returns at `at_ns`: prefetch in time (session pause, tool call)
     DEMOTE = "demote"  # it pauses: only the cold copy is worth keeping
+    SAVE = "save"  # others will want it: write the cold copy now, and keep this one
     FORGET = "forget"  # it will not return
     TTL = "ttl"  # drop it at `at_ns`
 
@@ -87,6 +88,10 @@ class Hint(Event, frozen=True):
     keys: list[bytes]
     namespace: str = "default"
     at_ns: int = 0
+
+
+class Clear(Event, frozen=True):
+    """Nothing that is stored will be wanted: all is to be forgotten."""
 
 
 class Flush(Event, frozen=True):
@@ -192,6 +197,7 @@ AnyEvent: TypeAlias = (
     | TransferDone
     | Touch
     | Hint
+    | Clear
     | Flush
     | Recovered
     | Syncing

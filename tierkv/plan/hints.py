@@ -62,10 +62,16 @@ class Hints:
             self._movement.held.difference_update(blocks)
         elif event.kind is ev.HintKind.FORGET:
             self._forget(blocks, out)
+        elif event.kind is ev.HintKind.SAVE:
+            self._save(blocks, now_ns, out)
         elif event.kind is ev.HintKind.DEMOTE:
             self._demote(blocks, now_ns, out)
         else:
             self._prefetch(blocks, now_ns, out)
+
+    def clear(self, event: ev.Clear, now_ns: int, out: Out) -> None:
+        """Forget everything that nobody uses."""
+        self._forget([block for run in self._index.runs() for block in run], out)
 
     def _prefetch(self, blocks: Sequence[int], now_ns: int, out: Out) -> None:
         cold, host = self._tables.get(TierId.COLD), self._host
@@ -85,11 +91,15 @@ class Hints:
             urgency = Urgency.PREFETCH
             self._movement.copy(blocks, TierId.HOST, TierId.DEVICE, urgency, now_ns, out)
 
-    def _demote(self, blocks: Sequence[int], now_ns: int, out: Out) -> None:
-        """The prefix pauses: make it the first to go, after a cold copy of it exists."""
+    def _save(self, blocks: Sequence[int], now_ns: int, out: Out) -> None:
+        """Have a cold copy made of what has none."""
         host, size = self._host, self._host.page_blocks
         pages = {host.ready[b] // size for b in blocks if host.ready[b] >= 0}
         self._movement.write_back(sorted(pages & self._movement.dirty), Urgency.DEMOTE, now_ns, out)
+
+    def _demote(self, blocks: Sequence[int], now_ns: int, out: Out) -> None:
+        """The prefix pauses: make it the first to go, after a cold copy of it exists."""
+        self._save(blocks, now_ns, out)
         for tier in (TierId.DEVICE, TierId.HOST):
             table = self._tables.get(tier)
             if table is None:

@@ -30,6 +30,7 @@ from tierkv.plan.recovery import take_over
 from tierkv.plan.residency import NO_PLACE
 from tierkv.plan.room import Out
 from tierkv.plan.spec import PlanSpec
+from tierkv.plan.watch import Watch
 
 #: The fastest tier that can serve each block first.
 _MEMORY = (TierId.DEVICE, TierId.HOST)
@@ -81,6 +82,7 @@ class Planner:
         self.index = RadixIndex()
         self.movement = Movement(spec, self.index, self.stats)
         self.tables = self.movement.tables
+        self.watch = Watch(self.index, self.tables)
         self.tickets: dict[int, Ticket] = {}
         self.leases: dict[int, LeaseRecord] = {}
         self._host = self.tables[TierId.HOST]
@@ -95,6 +97,7 @@ class Planner:
             ev.Touch: self._touch,
             ev.TransferDone: self._transfer_done,
             ev.Hint: self.hints.take,
+            ev.Clear: self.hints.clear,
             ev.Flush: self._flush,
             ev.Recovered: self._recovered,
             ev.Syncing: self._syncing,

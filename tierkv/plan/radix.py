@@ -43,9 +43,11 @@ class Node:
 class RadixIndex:
     """Keys to block ids, with the tree that orders their removal."""
 
-    __slots__ = ("_free", "_node_of", "_position", "_root")
+    __slots__ = ("_free", "_node_of", "_position", "_root", "forgotten")
 
     def __init__(self) -> None:
+        #: Keys that were forgotten, where somebody asks for them.
+        self.forgotten: list[BlockKey] | None = None
         self._root = Node(None, [], [])
         self._node_of: list[Node | None] = []  # by block id; None: the id is free
         self._position = array("q")  # by block id: where in its run
@@ -244,6 +246,8 @@ class RadixIndex:
         """Forget the last `count` blocks of a leaf run."""
         keep = len(node.blocks) - count
         tail, first = node.blocks[keep:], node.keys[0]
+        if self.forgotten is not None:
+            self.forgotten += node.keys[keep:]
         del node.blocks[keep:], node.keys[keep:]
         if not keep:
             self._detach(node, first)

@@ -61,6 +61,8 @@ class TierTable:
         self.ready = array("q")
         self.retired: dict[int, list[tuple[int, int]]] = {}  # page -> (sync begun, offset)
         self.sync_begun = 0
+        #: Blocks whose state has changed, where somebody asks for them.
+        self.changed: set[int] | None = None
         self._state = bytearray()
 
     def grow(self, ids_end: int) -> None:
@@ -225,3 +227,5 @@ class TierTable:
             for block in blocks:
                 state[block] = after
         assert not wrong, f"{State(wrong[0]).name} → {after.name}"
+        if self.changed is not None:
+            self.changed.update(blocks)

@@ -1,8 +1,8 @@
 """The suite that every engine's adapter inherits, lived by real engines in processes of their own.
 
-A subclass names a `program` (see `tierkv.testing.life`) and may set the sizes. What is promised of
-every engine: with tierkv the tokens are those of the engine without it, whatever happens to a tier,
-a process or an asker; and what was stored is found again. Needs pytest.
+A subclass of `EngineTests` names a `program` (see `tierkv.testing.life`) and may set the sizes.
+What is promised of every engine: with tierkv the tokens are those of the engine without it,
+whatever happens to a tier, a process or an asker; and what was stored is found again. Needs pytest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -25,8 +25,8 @@ _LIFE_S = 600
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 it is looked at, and nothing is made there
 
 
-class EngineTests(ABC):
-    """See the module."""
+class EngineDriver(ABC):
+    """Lives lives, and compares what is said with an engine without tierkv."""
 
     #: Tokens of a block.
     block_tokens: ClassVar[int] = 32
@@ -37,6 +37,8 @@ class EngineTests(ABC):
     #: Host memory that holds one document and not two; "" where that cannot be.
     small_host: ClassVar[str] = "64MiB"
     seed: ClassVar[int] = 1
+    #: What the engine is told in its own words, in every life.
+    settings: ClassVar[dict[str, Any]] = {}
     #: The answers without tierkv, by model, dtype and turns: they are the same in every test.
     _plain: ClassVar[dict[str, list[list[list[int]]]]] = {}
 
@@ -87,8 +89,9 @@ class EngineTests(ABC):
 
     def life(self, place: Path, *turns: list[Ask], **more: object) -> Life:
         """A life with tierkv in `place`."""
-        defaults = {"turns": list(turns), "directory": str(place / "kv")}
-        return msgspec.convert({**defaults, **more}, Life)
+        settings = {**self.settings, **more.pop("settings", {})}  # type: ignore[dict-item]
+        life = Life(turns=list(turns), directory=str(place / "kv"), settings=settings)
+        return msgspec.structs.replace(life, **more)
 
     def plain(self, place: Path, life: Life) -> list[list[list[int]]]:
         """The tokens of the same life without tierkv and without trouble."""
@@ -117,7 +120,9 @@ class EngineTests(ABC):
         """A directory for one test's files."""
         return tmp_path
 
-    # ---- the promises
+
+class EngineTests(EngineDriver):
+    """The promises; see the module."""
 
     def test_tokens_are_the_same_and_hits_are_counted_in_one_life_and_the_next(
         self, place: Path

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from unittest.mock import patch
 
 import msgspec
@@ -83,12 +83,18 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     #: What the KV is kept as: "float32" or "bfloat16".
     dtype: str = "float32"
     trouble: Trouble | None = None
+    #: What else this engine is told, in its own words.
+    settings: dict[str, Any] = {}
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True):
     """The answers by turn; a cancelled ask's has the tokens that had come."""
 
     turns: list[list[Answer]]
+    #: How long each turn took.
+    seconds: list[float] = []
+    #: What the engine counted, by its own names.
+    counters: dict[str, float] = {}
 
 
 def main(live: Callable[[Life], Said]) -> None:

@@ -2,15 +2,17 @@
 
 ::
 
-    LLM(model, distributed_executor_backend="uni", kv_transfer_config={
+    LLM(model, kv_transfer_config={
         "kv_connector": "TierKVConnector", "kv_connector_module_path": "tierkv.engines.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"host": "4GiB", "cold": "64GiB", "directory": "kv"}})
 
 Names are vLLM's own block hashes, which hold the tokens, the adapter, images and the salt of a
 request; bytes are whole blocks of the engine's cache, in the engine's own form, which nothing here
-looks into. `shared` opens the store, `scheduler` decides what is loaded and saved, `worker` moves
-bytes, `connector` is what vLLM calls. A fault costs blocks, which vLLM computes again.
+looks into. Each rank has a store (`opening`) and moves its bytes (`worker`, `loading`); it tells
+the scheduler what it has (`mirror`), which decides what is loaded and saved (`scheduler`, `split`,
+`wishes`) and tells it in a `step`. `connector` is what vLLM calls. A fault costs blocks, which vLLM
+computes again.
 """
 
 __all__ = ["TierKVConnector"]

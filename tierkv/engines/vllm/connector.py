@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
 )
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+from vllm.v1.kv_offload.base import Medium
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from tierkv.engines.vllm.mirror import DISK, Report
+from tierkv.engines.vllm.opening import block_bytes_of, check_served, open_store
 from tierkv.engines.vllm.scheduler import SchedulerSide
-from tierkv.engines.vllm.shared import release_shared, shared_store
+from tierkv.engines.vllm.stats import TierKVMetrics, TierKVStats
 from tierkv.engines.vllm.step import Step
+from tierkv.engines.vllm.wishes import wishes_of
 from tierkv.engines.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -31,25 +42,56 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """A step's loads and saves, from the scheduler to the worker."""
+    """A step's loads and saves, from the scheduler to the workers."""
 
     step: Step = field(default_factory=Step)
 
 
+@dataclass
+class Told(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What ranks tell the scheduler after a step."""
+
+    reports: list[Report]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Told:
+        """What both tell."""
+        assert isinstance(other, Told)
+        return Told(self.reports + other.reports)
+
+
+@dataclass
+class Inventory(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What a rank has found on its disk, before the first step."""
+
+    report: Report
+
+
 class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """A connector of one role: the scheduler's or the worker's."""
+    """A connector of one role: the scheduler's or a worker's."""
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        self._store = shared_store(vllm_config, kv_cache_config)
-        self._is_closed = False
-        is_scheduler = role == KVConnectorRole.SCHEDULER
-        size = self._store.plan.block_tokens
-        self._scheduler = SchedulerSide(self._store, block_tokens=size) if is_scheduler else None
-        self._worker = None if is_scheduler else WorkerSide(self._store)
-        if is_scheduler and self._kv_transfer_config.kv_load_failure_policy != "recompute":
+        check_served(vllm_config, kv_cache_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        parallel = vllm_config.parallel_config
+        if role != KVConnectorRole.SCHEDULER:
+            rank = parallel.rank % parallel.world_size
+            self._worker = WorkerSide(open_store(vllm_config, kv_cache_config), rank=rank)
+            return
+        self._block_tokens = vllm_config.cache_config.block_size
+        self._scheduler = SchedulerSide(
+            block_tokens=self._block_tokens,
+            block_bytes=block_bytes_of(kv_cache_config),
+            ranks=parallel.world_size,
+        )
+        told = vllm_config.kv_events_config
+        self._events: list[KVCacheEvent] | None = (
+            [] if told is not None and told.enable_kv_cache_events else None
+        )
+        if self._kv_transfer_config.kv_load_failure_policy != "recompute":
             logger.warning(
                 "a block that cannot be loaded will fail its request; cure: "
                 '"kv_load_failure_policy": "recompute"'
@@ -63,6 +105,20 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         assert self._scheduler is not None, "this connector is a worker's"
         return self._scheduler
 
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """What each rank has found, before the first request."""
+        for inventory in metadata.values():
+            assert isinstance(inventory, Inventory)
+            self._told([inventory.report])
+
+    def on_new_request(self, request: Request) -> None:
+        """A request has come, maybe with wishes."""
+        hints = request.kv_hints
+        actions = hints.actions if hints is not None else ()
+        self.scheduler.arrived(request, wishes_of(request.kv_transfer_params, actions))
+
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
@@ -75,8 +131,16 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """A request has its blocks."""
         self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
+    def get_external_cache_hit_sources(
+        self, request: Request, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        """How many of these tokens come from memory, and how many from disk."""
+        memory, disk = self.scheduler.sources(request)
+        found = {CacheHitSource.HOST: memory, CacheHitSource.DISK: disk}
+        return {source: tokens for source, tokens in found.items() if tokens}
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        """What the worker is to do in this step."""
+        """What the workers are to do in this step."""
         side, tokens = self.scheduler, scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             side.scheduled(
@@ -89,12 +153,15 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
             if added:
                 places = [*places, *added[0]]
             side.scheduled(name, places, cached.num_computed_tokens[number], tokens[name])
-        return StepMetadata(side.step(is_idle=not scheduler_output.total_num_scheduled_tokens))
+        return StepMetadata(side.step())
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """What the worker said of a step."""
+        """What the workers said of a step."""
+        told = connector_output.kv_connector_worker_meta
+        if isinstance(told, Told):
+            self._told(told.reports)
         if connector_output.invalid_block_ids:
-            self.scheduler.failed()
+            self.scheduler.failed(connector_output.invalid_block_ids)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -102,6 +169,22 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """A request has ended; its blocks may be given to others at once."""
         self.scheduler.finished(request.request_id)
         return False, None
+
+    def reset_cache(self) -> bool:
+        """Forget all that is stored."""
+        self.scheduler.clear()
+        return True
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """What has come into the store and left it, where events are on."""
+        events, self._events = self._events, None if self._events is None else []
+        return events or ()
+
+    def _told(self, reports: list[Report]) -> None:
+        self.scheduler.told(reports)
+        for report in reports:
+            if self._events is not None and not report.rank:
+                self._events += events_of(report, self._block_tokens)
 
     # ---- the worker
 
@@ -119,6 +202,15 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The engine's cache."""
         self.worker.register(kv_caches)
+
+    def get_handshake_metadata(self) -> Inventory:
+        """What the disk held, for the scheduler."""
+        return Inventory(self.worker.report())
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins."""
+        super().bind_connector_metadata(connector_metadata)
+        self.worker.start()
 
     def start_load_kv(self, forward_context: object, **_: object) -> None:
         """Start this step's loads."""
@@ -140,16 +232,66 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Which loads beside the steps have ended; saves never outlive a step."""
-        return None, self.worker.arrived(is_idle=self._step().is_idle) or None
+        return None, self.worker.arrived(self._step()) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Which blocks the engine has to compute."""
         return self.worker.not_loaded()
 
+    def build_connector_worker_meta(self) -> Told:
+        """What this rank has now that it had not."""
+        return Told([self.worker.report()])
+
+    # ---- both
+
+    def get_kv_connector_stats(self) -> TierKVStats | None:
+        """What was counted since the last look."""
+        side: SchedulerSide | WorkerSide = self._scheduler or self.worker
+        counters, side.counters = side.counters, {}
+        return TierKVStats(data=counters) if counters else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TierKVStats:
+        """Counters that came from another process."""
+        return TierKVStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> TierKVMetrics:
+        """The counters as vLLM's metrics."""
+        return TierKVMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def shutdown(self) -> None:
-        """Give the store back; the last one makes it durable."""
+        """Make what is stored durable, and let it go."""
         if self._worker is not None:
             self._worker.close()
-        if not self._is_closed:
-            self._is_closed = True
-            release_shared(self._store)
+
+
+def events_of(report: Report, block_tokens: int) -> list[KVCacheEvent]:
+    """A report as vLLM's events; of a block only its hash is known here, and its tier."""
+    events: list[KVCacheEvent] = []
+    by_tier: dict[int, list[Any]] = {}
+    for key, tier in (report.changes or {}).items():
+        by_tier.setdefault(tier, []).append(maybe_convert_block_hash(key))
+    for tier, hashes in by_tier.items():
+        if not tier:
+            events.append(BlockRemoved(block_hashes=hashes, medium=None))
+            continue
+        medium = Medium.STORAGE if tier == DISK else Medium.CPU
+        events.append(
+            BlockStored(
+                block_hashes=hashes,
+                parent_block_hash=None,
+                token_ids=[],
+                block_size=block_tokens,
+                lora_id=None,
+                lora_name=None,
+                medium=medium.value,
+            )
+        )
+    return events

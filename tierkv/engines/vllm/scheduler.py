@@ -1,19 +1,27 @@
 """The scheduler's side: how much of a prompt is stored, and what a step loads and saves.
 
-It asks the planner's tables and never a disk. Prompts of which a part is on the disk are loaded
-beside the steps of others; what is in memory is loaded within the step, layer by layer. At least
-one token is left to compute. Single owner: the scheduler's thread.
+It asks its copy of what the workers have, and neither a disk nor a process. Prompts of which a part
+is on disk are loaded beside the steps of others; what is in memory is loaded within the step, layer
+by layer. With several ranks all is loaded beside: of a load within a step a rank would know only
+its own failures, and save what it computed from another's. At least one token is left to compute.
+Single owner: the scheduler's thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from tierkv.core.keys import BlockKey
-from tierkv.engines.vllm.step import Blocks, Step
-from tierkv.store import Store
+from tierkv.engines.vllm.mirror import DISK, Mirror, Report
+from tierkv.engines.vllm.split import BlockSeconds
+from tierkv.engines.vllm.step import Blocks, Step, Wish
+from tierkv.engines.vllm.wishes import Wishes
+from tierkv.store import HintKind
+
+#: A prefix that was not loaded as the disk was slow makes the next look so much less slow.
+_DOUBT: Final = 0.9
 
 
 class Request(Protocol):
@@ -35,58 +43,115 @@ class Request(Protocol):
     def block_hashes(self) -> Sequence[bytes]:
         """A hash for each whole block, of all that is before it too."""
 
+    @property
+    def priority(self) -> int:
+        """The least is served first."""
+
 
 @dataclass(slots=True)
 class _Tracked:
-    """A request that has blocks."""
+    """A request that has been asked about."""
 
     request: Request
+    wishes: Wishes = field(default_factory=Wishes)
     places: list[int] = field(default_factory=list)
     #: Blocks from the first that are stored, or that a step was told to save.
     saved: int = 0
-    #: Whether what was found last is loaded beside the steps.
-    is_async: bool = False
+    #: The tiers of what was found last, beyond what the engine has.
+    tiers: list[int] = field(default_factory=list)
 
 
 class SchedulerSide:
-    """See the module."""
+    """See the module. `counters` are for `stats`, and start again whenever they are taken."""
 
-    def __init__(self, store: Store, *, block_tokens: int) -> None:
-        self._store = store
+    def __init__(self, *, block_tokens: int, block_bytes: int, ranks: int = 1) -> None:
         self._block_tokens = block_tokens
+        self._block_bytes = block_bytes
+        self._ranks = ranks
+        self._mirror = Mirror(ranks)
+        self._costs = BlockSeconds()
+        self._doubt = 1.0
         self._requests: dict[str, _Tracked] = {}
         self._step = Step()
-        self._failures = 0
+        self._failed_steps = 0
+        self.counters: dict[str, float] = {}
+
+    def told(self, reports: Iterable[Report]) -> None:
+        """Ranks have told what they have, and how fast they are."""
+        for report in reports:
+            self._mirror.take(report)
+            self._failed_steps = max(self._failed_steps, report.failed_steps)
+        costs = BlockSeconds.of(
+            self._mirror.reports.values(),
+            block_bytes=self._block_bytes,
+            block_tokens=self._block_tokens,
+        )
+        if costs.disk != self._costs.disk:
+            self._doubt = 1.0
+        self._costs = costs
+
+    def arrived(self, request: Request, wishes: Wishes) -> None:
+        """A request is new."""
+        self._tracked(request).wishes = wishes
+        keys = self._keys(request, len(request.block_hashes))
+        for kind, seconds in wishes.at_start:
+            self._wish(kind, keys, seconds)
 
     def matched(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
         """Tokens beyond `computed_tokens` that can be loaded, and whether beside the steps."""
         size = self._block_tokens
-        usable = (request.num_tokens - 1) // size
-        match = self._store.match_keys(self._keys(request, usable))
-        blocks = match.blocks - computed_tokens // size
-        if blocks <= 0:
+        tracked = self._requests.get(request.request_id)
+        if tracked is not None and not tracked.wishes.may_load:
             return 0, False
+        usable, first = (request.num_tokens - 1) // size, computed_tokens // size
+        tiers = self._mirror.match(request.block_hashes[:usable])[first:]
+        costs = BlockSeconds(
+            self._costs.memory, self._costs.disk * self._doubt, self._costs.compute
+        )
+        loaded = costs.split(tiers)
         # What is said here of a request is held to when its blocks are there.
         tracked = self._tracked(request)
-        tracked.is_async = bool(match.tokens_by_tier.get("cold"))
-        return blocks * size, tracked.is_async
+        if loaded < len(tiers):
+            self._doubt *= _DOUBT
+            self._count("declined_tokens", (len(tiers) - loaded) * size)
+        tracked.tiers = tiers[:loaded]
+        return loaded * size, self._is_beside(tracked)
 
     def allocated(self, request: Request, places: Sequence[int], loaded_tokens: int) -> None:
         """Blocks were given to a request, for what it computes and for what it loads."""
         tracked = self._tracked(request)
         tracked.places = list(places)
+        first = request.num_computed_tokens // self._block_tokens
+        if first:
+            self._step.used.append(self._keys(request, first))
         if not loaded_tokens:
             return
-        first = request.num_computed_tokens // self._block_tokens
         end = first + loaded_tokens // self._block_tokens
-        blocks = Blocks(request.request_id, self._keys(request, end), tracked.places[first:end])
-        (self._step.async_loads if tracked.is_async else self._step.loads).append(blocks)
+        is_beside = self._is_beside(tracked)
+        blocks = Blocks(
+            request.request_id,
+            self._keys(request, end),
+            tracked.places[first:end],
+            is_cold=DISK in tracked.tiers,
+            priority=request.priority,
+        )
+        (self._step.async_loads if is_beside else self._step.loads).append(blocks)
         tracked.saved = max(tracked.saved, end)
+
+    def sources(self, request: Request) -> tuple[int, int]:
+        """Of what was said to be loaded of a request, tokens from memory and from disk."""
+        tiers = self._tracked(request).tiers
+        disk = tiers.count(DISK)
+        found = (len(tiers) - disk) * self._block_tokens, disk * self._block_tokens
+        self._count("memory_hit_tokens", found[0])
+        self._count("disk_hit_tokens", found[1])
+        return found
 
     def scheduled(
         self, request_id: str, places: Sequence[int], computed_tokens: int, tokens: int
     ) -> None:
         """A step computes `tokens` of a request after `computed_tokens`, with these blocks."""
+        self._step.tokens += tokens
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
@@ -94,7 +159,7 @@ class SchedulerSide:
         request = tracked.request
         computed = (computed_tokens + tokens) // self._block_tokens
         whole = min(computed, len(request.block_hashes), len(places))
-        if whole > tracked.saved:
+        if whole > tracked.saved and tracked.wishes.may_save:
             saved = tracked.places[tracked.saved : whole]
             self._step.saves.append(Blocks(request_id, self._keys(request, whole), saved))
             tracked.saved = whole
@@ -104,26 +169,54 @@ class SchedulerSide:
         tracked = self._requests.get(request_id)
         return [] if tracked is None else tracked.places
 
-    def step(self, *, is_idle: bool) -> Step:
-        """What was gathered since the last step. `is_idle`: it computes nothing."""
+    def step(self) -> Step:
+        """What was gathered since the last step."""
         done, self._step = self._step, Step()
-        done.is_idle, done.failures = is_idle, self._failures
-        self._store.step()
+        done.failed_steps = self._failed_steps
         return done
 
-    def failed(self) -> None:
-        """Some blocks were not loaded: vLLM computes them, and what was not saved is saved then."""
-        self._failures += 1
+    def failed(self, places: set[int]) -> None:
+        """Nothing was loaded to these places: vLLM computes that, and what was not saved is then.
+
+        Their requests are not loaded again, or one that nobody can load would be tried forever.
+        """
+        self._count("failed_blocks", len(places))
         for tracked in self._requests.values():
             tracked.saved = 0  # nobody knows what the worker left out; what is stored it skips
+            if not places.isdisjoint(tracked.places):
+                tracked.wishes.may_load = False
 
     def finished(self, request_id: str) -> None:
         """A request has ended; what was gathered for it still is done."""
-        self._requests.pop(request_id, None)
+        tracked = self._requests.pop(request_id, None)
+        if tracked is not None and tracked.saved:
+            keys = self._keys(tracked.request, tracked.saved)
+            for kind, seconds in tracked.wishes.at_end:
+                self._wish(kind, keys, seconds)
+
+    def clear(self) -> None:
+        """Nothing that is stored is wanted any more."""
+        self._mirror = Mirror(self._ranks)
+        self._step.clears = True
+        self.failed(set())
+
+    def _is_beside(self, tracked: _Tracked) -> bool:
+        return bool(tracked.tiers) and (self._ranks > 1 or DISK in tracked.tiers)
+
+    def _wish(self, kind: HintKind, keys: list[BlockKey], seconds: float) -> None:
+        self._step.wishes.append(Wish(kind, keys, seconds))
+        self._count("hints", 1)
+
+    def _count(self, name: str, amount: float) -> None:
+        if amount:
+            self.counters[name] = self.counters.get(name, 0) + amount
 
     def _tracked(self, request: Request) -> _Tracked:
-        return self._requests.setdefault(request.request_id, _Tracked(request))
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            tracked = self._requests[request.request_id] = _Tracked(request)
+        return tracked
 
     def _keys(self, request: Request, count: int) -> list[BlockKey]:
         """Keys of the first blocks; the engine's hashes are chained, and are the keys."""
-        return [BlockKey(block_hash) for block_hash in request.block_hashes[:count]]
+        return list(request.block_hashes[:count])  # type: ignore[arg-type]

@@ -1,11 +1,9 @@
-"""The worker's side: moves whole blocks between the engine's cache and the store.
+"""The worker's side: moves whole blocks between the engine's cache and this rank's store.
 
-Loads of a step run on a thread of their own, layer by layer, so that the first layer computes while
-the last one is still being copied; `wait_for_layer` waits for its layer only. Loads beside the
-steps run on another. What did not arrive is told by its places and computed again; nothing is ever
-written to a place after it was told, and nothing that was computed on it is saved. Saves copy into
-host memory before the step ends, as the engine may then write to the places again; the disk is
-written behind.
+Loads are in `loading`. What did not arrive is told by its places and computed again; nothing is
+ever written to a place after it was told, and nothing that was computed on it is saved. Saves copy
+into host memory before the step ends, as the engine may then write to the places again; the disk is
+written behind. After a step it tells the scheduler what its store has (`report`).
 
 The engine's cache is bytes here: `(blocks, bytes of a block)` for each layer, on any device.
 """
@@ -13,37 +11,48 @@ The engine's cache is bytes here: `(blocks, bytes of a block)` for each layer, o
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import torch
 
 from tierkv.core.errors import GeometryMismatch
-from tierkv.engines.vllm.step import Blocks, Step
-from tierkv.store import Lease, Match, Store
+from tierkv.engines.vllm.loading import Loaded, LoadsBeside, StepLoad
+from tierkv.engines.vllm.mirror import Report, changes_of
+from tierkv.engines.vllm.step import Blocks, Step, Wish
+from tierkv.store import Hint, Store
 
 logger = logging.getLogger(__name__)
 
 #: An engine that has nothing to compute steps on and on, and would keep the loader from its core.
 _IDLE_S: Final = 5e-3
+#: How much of a rate a new measurement is.
+_NEW: Final = 0.25
+#: Loads and steps of less say nothing of a rate.
+_BLOCKS_MIN: Final = 8
+_TOKENS_MIN: Final = 128
 
 
 class WorkerSide:
     """See the module. Its methods are called by the worker's thread."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, rank: int = 0) -> None:
         self._store = store
+        self._rank = rank
         self._layers: list[torch.Tensor] = []
         self._numbers: dict[str, int] = {}
-        self._loading: _Loading | None = None
+        self._loading: StepLoad | None = None
         self._pool = ThreadPoolExecutor(1, "tierkv-load")
-        self._beside = ThreadPoolExecutor(1, "tierkv-load-beside")
-        self._under_way: dict[str, Future[list[int]]] = {}
+        self._beside = LoadsBeside(store)
+        self._under_way: set[str] = set()
         self._not_loaded: set[int] = set()
-        self._failures = 0
+        self._failed_steps = 0
+        self._rates = {"memory": 0.0, "disk": 0.0, "prefill": 0.0}
+        self._began = self._waited = 0.0
         self.saved_blocks = 0
+        #: For `stats`; they start again whenever they are taken.
+        self.counters: dict[str, float] = {}
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """The engine's cache, a tensor for each layer in the order of layers."""
@@ -55,14 +64,20 @@ class WorkerSide:
         if found != wanted:
             raise GeometryMismatch(f"the engine's cache is {found} layers and bytes, not {wanted}")
 
+    def start(self) -> None:
+        """A step's time begins."""
+        self._began, self._waited = time.perf_counter(), 0.0
+
     def begin(self, step: Step) -> None:
         """Start the loads of a step, and those beside it."""
+        if step.clears:
+            self._store.clear()
         if step.loads:
-            self._loading = _Loading(self._store, self._layers, step.loads)
+            self._loading = StepLoad(self._store, self._layers, step.loads)
             self._pool.submit(self._loading.run)
         for blocks in step.async_loads:
-            loading = _Loading(self._store, self._layers, [blocks])
-            self._under_way[blocks.request] = self._beside.submit(loading.run)
+            self._under_way.add(blocks.request)
+            self._beside.submit(self._layers, blocks)
 
     def wait_for_layer(self, name: str) -> None:
         """Return when a layer holds what the step loads, as far as that arrived.
@@ -71,104 +86,111 @@ class WorkerSide:
         arrive later, and save what it computed.
         """
         if self._loading is not None:
+            start = time.perf_counter()
             self._loading.done[self._numbers[name]].wait()
+            self._waited += time.perf_counter() - start
+
+    def end(self) -> None:
+        """The step has ended: note what its loads did not bring."""
+        loading, self._loading = self._loading, None
+        if loading is not None:
+            loaded = loading.result()
+            self._note(loaded, is_cold=False)
+            self._failed_steps += bool(loaded.not_loaded)
 
     def save(self, step: Step) -> None:
         """Put what the step computed; nothing of a step that may have computed on what is missing.
 
         That is the step itself, and those that were made before the scheduler heard of it.
         """
-        if self._not_loaded or step.failures != self._failures:
-            return
-        for blocks in step.saves:
-            try:
-                self.saved_blocks += self._put(blocks)
-            except Exception:  # whatever it was, it is no reason to stop an engine
-                logger.exception("not saved request=%s", blocks.request)
+        if step.failed_steps == self._failed_steps:
+            start = time.perf_counter()
+            for blocks in step.saves:
+                try:
+                    self._put(blocks)
+                except Exception:  # whatever it was, it is no reason to stop an engine
+                    logger.exception("not saved request=%s", blocks.request)
+            if step.saves:
+                self._count("save_seconds", time.perf_counter() - start)
+                # To save is to wait for what a device computes, so it is a part of that time.
+                if step.tokens >= _TOKENS_MIN:
+                    taken = time.perf_counter() - self._began - self._waited
+                    self._measure("prefill", step.tokens, taken)
+        for wish in step.wishes:
+            self._store.hint(_hint(wish))
+        for keys in step.used:
+            self._store.touch(keys)
+        self._store.step()
 
-    def end(self) -> None:
-        """The step has ended: note what its loads did not bring."""
-        loading, self._loading = self._loading, None
-        if loading is not None:
-            self._note(loading.result())
-
-    def arrived(self, *, is_idle: bool) -> set[str]:
+    def arrived(self, step: Step) -> set[str]:
         """Requests whose loads beside the steps have ended since this was last asked.
 
-        `is_idle`: it may wait a little, as nothing else is to be done.
+        A step that computes nothing may wait a little, as nothing else is to be done.
         """
-        if is_idle and self._under_way:
-            wait(self._under_way.values(), _IDLE_S, FIRST_COMPLETED)
-        ended = {name for name, future in self._under_way.items() if future.done()}
-        for name in ended:
-            self._note(self._under_way.pop(name).result())
-        return ended
+        if not self._under_way:
+            return set()
+        ended = self._beside.arrived(wait_s=0.0 if step.tokens else _IDLE_S)
+        for blocks, loaded in ended.values():
+            self._note(loaded, is_cold=blocks.is_cold)
+        self._under_way -= ended.keys()
+        return set(ended)
 
     def not_loaded(self) -> set[int]:
         """Places that hold nothing, since this was last asked."""
         places, self._not_loaded = self._not_loaded, set()
-        self._failures += bool(places)
         return places
 
+    def report(self) -> Report:
+        """What the store has now that it had not, and how fast it is."""
+        return Report(
+            self._rank,
+            changes_of(self._store.changes()),
+            self._failed_steps,
+            self._rates["memory"],
+            self._rates["disk"],
+            self._rates["prefill"],
+        )
+
     def close(self) -> None:
-        """Let what is under way end."""
+        """Let what is under way end, and make the store durable."""
         self._pool.shutdown()
-        self._beside.shutdown()
+        self._beside.close()
         self._layers = []
+        self._store.close()
 
-    def _note(self, places: list[int]) -> None:
-        self._not_loaded.update(places)
+    def _note(self, loaded: Loaded, *, is_cold: bool) -> None:
+        self._not_loaded.update(loaded.not_loaded)
+        size = loaded.blocks * self._store.plan.block_bytes
+        self._count("loaded_bytes", size)
+        self._count("load_seconds", loaded.seconds)
+        if loaded.blocks >= _BLOCKS_MIN:
+            self._measure("disk" if is_cold else "memory", size, loaded.seconds)
 
-    def _put(self, blocks: Blocks) -> int:
-        """Put those of some blocks that are not stored yet; how many were offered."""
+    def _measure(self, name: str, amount: float, seconds: float) -> None:
+        rate = amount / max(seconds, 1e-9)
+        before = self._rates[name] or rate
+        self._rates[name] = before + _NEW * (rate - before)
+
+    def _count(self, name: str, amount: float) -> None:
+        if amount:
+            self.counters[name] = self.counters.get(name, 0) + amount
+
+    def _put(self, blocks: Blocks) -> None:
+        """Put those of some blocks that are not stored yet."""
         known = max(blocks.first, self._store.match_keys(blocks.keys).blocks)
         places = blocks.places[known - blocks.first :]
         if not places:
-            return 0
+            return
         index = torch.tensor(places, device=self._layers[0].device)
         rows = torch.stack([layer.index_select(0, index) for layer in self._layers])
-        self._store.put_keys(blocks.keys, rows, first_block=known)
-        return len(places)
+        saved = self._store.put_keys(blocks.keys, rows, first_block=known)
+        self.saved_blocks += saved
+        self._count("saved_bytes", saved * self._store.plan.block_bytes)
 
 
-class _Loading:
-    """Some loads that go on together; `done` has an event for each layer."""
-
-    def __init__(self, store: Store, layers: list[torch.Tensor], loads: Sequence[Blocks]) -> None:
-        self._store = store
-        self._layers = layers
-        self._loads = loads
-        self.done = [threading.Event() for _ in layers]
-        self._not_loaded: list[int] = []
-
-    def run(self) -> list[int]:
-        """Load; gives the places that hold nothing."""
-        leases: list[tuple[Blocks, Lease]] = []
-        try:
-            for blocks in self._loads:
-                match = Match(blocks.keys, self._store.plan.block_tokens, "default", {})
-                lease = self._store.lease(match, first_block=blocks.first)
-                leases.append((blocks, lease))
-                self._not_loaded += blocks.places[lease.blocks :]
-            for number, layer in enumerate(self._layers):
-                for blocks, lease in leases:
-                    _fill(layer, blocks.places, lease.layer(number))
-                self.done[number].set()
-        except Exception:  # whatever it was, these blocks are computed
-            logger.exception("not loaded requests=%s", [blocks.request for blocks in self._loads])
-            self._not_loaded = [place for blocks in self._loads for place in blocks.places]
-        finally:
-            for _, lease in leases:
-                lease.release()
-            for event in self.done:
-                event.set()
-        return self._not_loaded
-
-    def result(self) -> list[int]:
-        """As `run` gave, when it has ended."""
-        for event in self.done:
-            event.wait()
-        return self._not_loaded
+def _hint(wish: Wish) -> Hint:
+    at_ns = time.monotonic_ns() + int(wish.in_s * 1e9) if wish.in_s else 0
+    return Hint(wish.kind, list(wish.keys), at_ns=at_ns)
 
 
 def bytes_of(name: str, cache: torch.Tensor) -> torch.Tensor:
@@ -182,12 +204,3 @@ def bytes_of(name: str, cache: torch.Tensor) -> torch.Tensor:
     return blocks.as_strided(
         (blocks.shape[0], blocks[0].numel()), (blocks.stride(0), 1), blocks.storage_offset()
     )
-
-
-def _fill(layer: torch.Tensor, places: Sequence[int], views: Sequence[object]) -> None:
-    at = 0
-    for view in views:
-        source = torch.from_numpy(view)
-        index = torch.tensor(places[at : at + len(source)], device=layer.device)
-        layer.index_copy_(0, index, source.to(layer.device))
-        at += len(source)

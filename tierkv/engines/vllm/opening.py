@@ -1,18 +1,15 @@
-"""The store behind a connector: one in a process, whichever role asks first.
+"""Opening the store of one rank: its configuration and its layout, and which engines are served.
 
-vLLM makes a connector for the scheduler and one for the worker. With the executor `uni` both live
-in one process, and so both have the same store. Its layout says all that gives the bytes of a block
-their meaning: the model and its weights, the shapes and types of the cache, the engine's version
-and how the engine lays a block out.
+The layout says all that gives the bytes of a block their meaning: the model and its weights, the
+shapes and types of the cache, the rank's share of it, the engine's version and how the engine lays
+a block out.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,55 +32,33 @@ _WHOLE_BYTES: Final = 1 << 30
 _PART_BYTES: Final = 1 << 20
 
 
-@dataclass(slots=True)
-class _Shared:
-    store: Store
-    users: int
-
-
-_stores: dict[str, _Shared] = {}
-_lock = threading.Lock()
-
-
-def shared_store(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Store:
-    """The store for an engine; give it back by `release_shared`.
-
-    Raises ConfigError and GeometryMismatch for an engine that it cannot serve, with the cure.
-    """
-    parallel = vllm_config.parallel_config
-    if parallel.world_size > 1 or parallel.distributed_executor_backend != "uni":
+def check_served(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raise ConfigError and GeometryMismatch for an engine that cannot be served, with the cure."""
+    algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+    if not algorithm.startswith("sha256"):
         raise ConfigError(
-            f"vLLM runs {parallel.world_size} workers by the executor "
-            f"{parallel.distributed_executor_backend!r}; tierkv needs its scheduler and its one "
-            "worker in one process; cure: --distributed-executor-backend uni, and on the CPU "
-            "VLLM_ENABLE_V1_MULTIPROCESSING=0 as well"
-        )
-    hashes = str(vllm_config.cache_config.prefix_caching_hash_algo)
-    if not hashes.startswith("sha256"):
-        raise ConfigError(
-            f"vLLM names blocks by {hashes}, which a prompt can be made to forge; cure: "
+            f"vLLM names blocks by {algorithm}, which a prompt can be made to forge; cure: "
             "--prefix-caching-hash-algo sha256"
         )
-    config = config_of(vllm_config.kv_transfer_config.kv_connector_extra_config, vllm_config)
-    layout = layout_of(vllm_config, kv_cache_config, config)
-    name = f"{layout.fingerprint.hex()} {config.model_dump_json()}"
-    with _lock:
-        shared = _stores.get(name)
-        if shared is None:
-            shared = _stores[name] = _Shared(Store.open(config, layout), 0)
-        shared.users += 1
-        return shared.store
+    groups = len(kv_cache_config.kv_cache_groups)
+    if groups != 1:
+        raise GeometryMismatch(
+            f"the model's cache has {groups} groups of layers that vLLM keeps apart (Mamba); "
+            "tierkv serves models of one; cure: serve this model without it"
+        )
 
 
-def release_shared(store: Store) -> None:
-    """The last one to give a store back closes it, and makes it durable."""
-    with _lock:
-        for name, shared in list(_stores.items()):
-            if shared.store is store:
-                shared.users -= 1
-                if not shared.users:
-                    del _stores[name]
-                    store.close()
+def open_store(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Store:
+    """The store of this rank, which has its share of the capacities."""
+    options = vllm_config.kv_transfer_config.kv_connector_extra_config
+    config = config_of(options, vllm_config)
+    return Store.open(config, layout_of(vllm_config, kv_cache_config, config))
+
+
+def block_bytes_of(kv_cache_config: KVCacheConfig) -> int:
+    """Bytes of a block of one rank, all layers."""
+    group = kv_cache_config.kv_cache_groups[0]
+    return int(group.kv_cache_spec.page_size_bytes) * len(group.layer_names)
 
 
 def config_of(options: Mapping[str, Any], vllm_config: VllmConfig) -> Config:
@@ -110,20 +85,27 @@ def config_of(options: Mapping[str, Any], vllm_config: VllmConfig) -> Config:
             place = ".".join(map(str, first["loc"]))
             raise ConfigError(f"kv_connector_extra_config: {place}: {first['msg']}") from None
     size = vllm_config.cache_config.block_size
-    return config.model_copy(update={"block_tokens": size})
+    config = config.model_copy(update={"block_tokens": size})
+    return _share_of(config, vllm_config)
+
+
+def _share_of(config: Config, vllm_config: VllmConfig) -> Config:
+    """Capacities are the whole engine's, and ranks share them; replicas have a directory each."""
+    parallel = vllm_config.parallel_config
+    ranks, replica = parallel.world_size, getattr(parallel, "data_parallel_rank", 0)
+    host, cold = config.tiers.host, config.tiers.cold
+    host = host.model_copy(update={"capacity": host.capacity // ranks})
+    if cold is not None:
+        place = cold.directory / f"replica-{replica}" if replica else cold.directory
+        share = {"capacity": cold.capacity // ranks, "directory": place}
+        cold = cold.model_copy(update=share)
+    tiers = config.tiers.model_copy(update={"host": host, "cold": cold})
+    return config.model_copy(update={"tiers": tiers})
 
 
 def layout_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> Layout:
-    """What a block of this engine's cache is.
-
-    GeometryMismatch where the cache has groups of layers that do not go together.
-    """
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise GeometryMismatch(
-            f"the model's cache has {len(groups)} groups of layers (sliding windows, Mamba); "
-            "tierkv serves models of one; cure: serve this model without it"
-        )
+    """What a block of this rank's cache is."""
+    groups, parallel = kv_cache_config.kv_cache_groups, vllm_config.parallel_config
     spec, layers = groups[0].kv_cache_spec, len(groups[0].layer_names)
     model, engine = vllm_config.model_config, vllm_config.cache_config
     token_bytes = spec.page_size_bytes // spec.block_size
@@ -138,6 +120,7 @@ def layout_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: C
         "dtype": str(getattr(spec, "dtype", None)),
         "cache_dtype": str(engine.cache_dtype),
         "layers": groups[0].layer_names,
+        "rank": f"{parallel.rank % parallel.world_size} of {parallel.world_size}",
         "hashes": str(engine.prefix_caching_hash_algo),
         "device": str(vllm_config.device_config.device_type),
         "cpu": _cpu() if str(vllm_config.device_config.device_type) == "cpu" else None,
