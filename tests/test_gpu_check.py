@@ -36,7 +36,16 @@ def test_every_check_passes_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     checks = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ok ")]
     assert checks == [
-        *("copies:", "codes:", "relayouts:", "ring:", "device_tier:", "graph:", "profile:")
+        *(
+            "copies:",
+            "codes:",
+            "relayouts:",
+            "ring:",
+            "device_tier:",
+            "graph:",
+            "profile:",
+            "side_stream:",
+        )
     ]
     skipped = {
         line.split()[1]: line.split(": ")[1]

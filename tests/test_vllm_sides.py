@@ -102,10 +102,17 @@ class Engine:
     def heard(self) -> set[int]:
         """What the scheduler hears of a step."""
         failed = self.worker.not_loaded()
+        while self.scheduler.is_saving:
+            self.scheduler.told([self.worker.report()])
         self.scheduler.told([self.worker.report()])
         if failed:
             self.scheduler.failed(failed)
         return failed
+
+    @property
+    def saved_blocks(self) -> int:
+        assert self.worker._saver is not None
+        return self.worker._saver.saved_blocks
 
     def close(self) -> None:
         self.worker.close()
@@ -122,13 +129,13 @@ def test_what_one_request_computed_another_loads_bit_for_bit(engine: Engine) -> 
     first = Request("a", 8 * BLOCK + 3)
     assert engine.scheduler.matched(first, 0) == (0, False)
     assert engine.compute(first, list(range(8)), first.num_tokens) == set()
-    assert engine.worker.saved_blocks == 8
+    assert engine.saved_blocks == 8
 
     second = Request("b", 8 * BLOCK + 3)
     assert engine.scheduler.matched(second, 0) == (8 * BLOCK, False)
     assert engine.compute(second, [30, 21, 9, 10, 11, 39, 20, 8], second.num_tokens) == set()
     assert torch.equal(engine.cache[:, [30, 21, 9, 10, 11, 39, 20, 8]], engine.cache[:, :8])
-    assert engine.worker.saved_blocks == 8, "what is stored is not put again"
+    assert engine.saved_blocks == 8, "what is stored is not put again"
 
 
 def test_one_token_is_left_to_compute_and_what_the_engine_has_is_not_loaded(engine: Engine) -> None:
@@ -221,7 +228,7 @@ def test_a_step_that_was_made_before_a_failure_was_known_saves_nothing(engine: E
     assert engine.store.match_keys(other.block_hashes).blocks == 0
     assert engine.heard() == {4, 5}
     engine.scheduler.scheduled("c", [7, 8, 9], 2 * BLOCK, 1)
-    engine.worker.save(engine.scheduler.step())
+    engine.step()
     assert engine.store.match_keys(other.block_hashes).blocks == 2
 
 

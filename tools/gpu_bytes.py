@@ -24,6 +24,7 @@ from gpu_parts import (
 from tierkv.codecs.grouped import GROUP, Int4, Int8
 from tierkv.core.geometry import PagePlan
 from tierkv.core.tier import Span
+from tierkv.engines.vllm.side_stream import SideStream
 from tierkv.kernels import triton_pages
 from tierkv.kernels.pages import CodedRows
 from tierkv.kernels.relayout import (
@@ -228,3 +229,37 @@ def profile() -> str:
             f" crossover {way.crossover_bytes >> 10} KiB"
         )
     return "; ".join(words) if not CPU else "figures are of memory, not of a link"
+
+
+def side_stream() -> str:
+    """Blocks gathered beside an engine's stream are those of then; what comes back is waited for.
+
+    The engine writes over all of its cache right after each step, and reads right after a load.
+    """
+    layers, places, size = 8, 256, 1 << 16
+    cache = random_bytes(layers, places * size, seed=1).view(layers, places, size)
+    saving, loading = SideStream(DEVICE), SideStream(DEVICE)
+    draw = random.Random(4)
+    rounds = 4 if CPU else 100
+    for number in range(rounds):
+        chosen, others = (draw.sample(range(places), 32) for _ in range(2))
+        cache.random_(0, 256)
+        expected = cache[:, chosen].clone()
+        saving.follow()
+        with saving.queue():
+            index = saving.index(chosen)
+            rows = torch.stack([layer.index_select(0, index) for layer in cache])
+        saving.mark().hold()
+        with saving.queue():
+            host = saving.to_host(rows)
+        copied = saving.mark()
+        cache.zero_()
+        copied.wait()
+        loading.follow()
+        with loading.queue():
+            index = loading.index(others)
+            for layer, source in zip(cache, host, strict=True):
+                layer.index_copy_(0, index, source.to(DEVICE, non_blocking=True))
+        loading.mark().hold()
+        assert torch.equal(cache[:, others], expected), f"round {number}"
+    return f"{rounds} rounds of {layers} layers, 32 blocks of {size >> 10} KiB"

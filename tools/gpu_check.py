@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from gpu_bytes import codes, copies, device_tier, graph, profile, relayouts, ring
+from gpu_bytes import codes, copies, device_tier, graph, profile, relayouts, ring, side_stream
 from gpu_device import arena, coherent, devices, direct_storage, sanitizer, shared_slab
 from gpu_parts import CPU, Skipped, device_name
 from measuring import Row, show
@@ -92,7 +92,7 @@ def passes(check: Check) -> bool:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(copies, codes, relayouts, ring, device_tier, graph, profile),
+    *(copies, codes, relayouts, ring, device_tier, graph, profile, side_stream),
     *(devices, arena, shared_slab, coherent, direct_storage, sanitizer),
 )
 

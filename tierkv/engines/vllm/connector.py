@@ -170,6 +170,10 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self.scheduler.finished(request.request_id)
         return False, None
 
+    def has_pending_push_work(self) -> bool:
+        """Whether the engine is to step on, though nothing is asked, to hear what was saved."""
+        return self._scheduler is not None and self._scheduler.is_saving
+
     def reset_cache(self) -> bool:
         """Forget all that is stored."""
         self.scheduler.clear()
@@ -226,7 +230,7 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Blocks are saved whole, in `wait_for_save`."""
 
     def wait_for_save(self) -> None:
-        """Copy what was computed to host memory; the disk is written behind."""
+        """Save what was computed, behind the step."""
         self.worker.end()
         self.worker.save(self._step())
 

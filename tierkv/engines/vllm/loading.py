@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from tierkv.core.keys import BlockKey
+from tierkv.engines.vllm.side_stream import Mark, SideStream
 from tierkv.engines.vllm.step import Blocks
 from tierkv.memory import Bytes
 from tierkv.store import Lease, Match, Store
@@ -36,13 +37,22 @@ class Loaded:
 
 
 class StepLoad:
-    """The loads of one step; `done` has an event for each layer."""
+    """The loads of one step; `done` has an event for each layer. Made by the engine's thread."""
 
-    def __init__(self, store: Store, layers: list[torch.Tensor], loads: Sequence[Blocks]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        layers: list[torch.Tensor],
+        loads: Sequence[Blocks],
+        stream: SideStream,
+    ) -> None:
         self._store = store
         self._layers = layers
         self._loads = loads
+        self._stream = stream
+        self._marks: dict[int, Mark] = {}
         self.done = [threading.Event() for _ in layers]
+        stream.follow()
         self._loaded = Loaded([])
 
     def run(self) -> None:
@@ -58,18 +68,27 @@ class StepLoad:
                 loaded.not_loaded += blocks.places[lease.blocks :]
                 loaded.blocks += lease.blocks
             for number, layer in enumerate(self._layers):
-                for blocks, lease in leases:
-                    _fill(layer, blocks.places, lease.layer(number))
+                with self._stream.queue():
+                    for blocks, lease in leases:
+                        _fill(layer, blocks.places, lease.layer(number), self._stream)
+                    self._marks[number] = self._stream.mark()
                 self.done[number].set()
         except Exception:  # whatever it was, these blocks are computed
             logger.exception("not loaded requests=%s", [blocks.request for blocks in self._loads])
             loaded.not_loaded = [place for blocks in self._loads for place in blocks.places]
         finally:
+            self._stream.mark().wait()
             loaded.seconds = time.perf_counter() - start
             for _, lease in leases:
                 lease.release()
             for event in self.done:
                 event.set()
+
+    def wait_for(self, number: int) -> None:
+        """Return when what this thread's stream gets from now on finds the layer loaded."""
+        self.done[number].wait()
+        if number in self._marks:
+            self._marks[number].hold()
 
     def result(self) -> Loaded:
         """How it went, when it has ended."""
@@ -81,21 +100,24 @@ class StepLoad:
 class LoadsBeside:
     """The loads beside the steps: `submit` them, ask which have `arrived`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, layers: list[torch.Tensor], stream: SideStream) -> None:
         self._store = store
+        self._layers = layers
+        self._stream = stream
         self._order = itertools.count()
-        self._waiting: queue.PriorityQueue[tuple[float, int, _Job | None]] = queue.PriorityQueue()
+        self._waiting: queue.PriorityQueue[tuple[float, int, Blocks | None]] = queue.PriorityQueue()
         self._arrived: dict[str, tuple[Blocks, Loaded]] = {}
         self._under_way = 0
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="tierkv-load-beside", daemon=True)
         self._thread.start()
 
-    def submit(self, layers: list[torch.Tensor], blocks: Blocks) -> None:
+    def submit(self, blocks: Blocks) -> None:
         """Load some blocks when those that are more urgent are there."""
         with self._changed:
             self._under_way += 1
-        self._waiting.put((blocks.priority, next(self._order), _Job(layers, blocks)))
+        self._stream.follow()
+        self._waiting.put((blocks.priority, next(self._order), blocks))
 
     def arrived(self, *, wait_s: float = 0.0) -> dict[str, tuple[Blocks, Loaded]]:
         """What has ended since this was last asked, by request; waits so long for the first."""
@@ -112,46 +134,43 @@ class LoadsBeside:
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._waiting.get()[2]) is not None:
-            loaded = Loaded(list(job.blocks.places))
+        while (blocks := self._waiting.get()[2]) is not None:
+            loaded = Loaded(list(blocks.places))
             start = time.perf_counter()
             try:
-                self._load(job, loaded)
+                self._load(blocks, loaded)
             except Exception:  # whatever it was, these blocks are computed
-                logger.exception("not loaded request=%s", job.blocks.request)
-                loaded.not_loaded = list(job.blocks.places)
+                logger.exception("not loaded request=%s", blocks.request)
+                loaded.not_loaded = list(blocks.places)
             loaded.seconds = time.perf_counter() - start
             with self._changed:
-                self._arrived[job.blocks.request] = job.blocks, loaded
+                self._arrived[blocks.request] = blocks, loaded
                 self._changed.notify_all()
 
-    def _load(self, job: _Job, loaded: Loaded) -> None:
-        blocks = job.blocks
+    def _load(self, blocks: Blocks, loaded: Loaded) -> None:
         match = _match(self._store, blocks.keys)
         while loaded.not_loaded:
             with self._store.lease(match, first_block=blocks.first + loaded.blocks) as lease:
                 if not lease.blocks:
                     break
-                for number, layer in enumerate(job.layers):
-                    _fill(layer, loaded.not_loaded, lease.layer(number))
+                with self._stream.queue():
+                    for number, layer in enumerate(self._layers):
+                        _fill(layer, loaded.not_loaded, lease.layer(number), self._stream)
+                self._stream.mark().wait()  # the lease keeps its pages until they are read
                 loaded.blocks += lease.blocks
                 del loaded.not_loaded[: lease.blocks]
-
-
-@dataclass(slots=True)
-class _Job:
-    layers: list[torch.Tensor]
-    blocks: Blocks
 
 
 def _match(store: Store, keys: list[BlockKey]) -> Match:
     return Match(keys, store.plan.block_tokens, "default", {})
 
 
-def _fill(layer: torch.Tensor, places: Sequence[int], views: Sequence[Bytes]) -> None:
+def _fill(
+    layer: torch.Tensor, places: Sequence[int], views: Sequence[Bytes], stream: SideStream
+) -> None:
     at = 0
     for view in views:
         source = torch.from_numpy(view)
-        index = torch.tensor(places[at : at + len(source)], device=layer.device)
-        layer.index_copy_(0, index, source.to(layer.device))
+        index = stream.index(places[at : at + len(source)])
+        layer.index_copy_(0, index, source.to(layer.device, non_blocking=True))
         at += len(source)

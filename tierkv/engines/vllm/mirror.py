@@ -28,6 +28,8 @@ class Report:
     rank: int
     #: Keys and the tier of each, 0 where it is gone; None: nothing can be read any more.
     changes: dict[bytes, int] | None = field(default_factory=dict)
+    #: The last step of which all that was to be saved is.
+    saved_step: int = 0
     #: Steps so far in which a load was missing.
     failed_steps: int = 0
     #: Bytes a second from memory and from disk to the engine's cache; 0 where not known.
@@ -64,6 +66,12 @@ class Mirror:
                 tiers[key] = tier
             else:
                 tiers.pop(key, None)
+
+    @property
+    def saved_step(self) -> int:
+        """The last step of which every rank has saved all."""
+        told = [report.saved_step for report in self.reports.values()]
+        return min(told) if len(told) == len(self._tiers) else 0
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The tiers of the longest prefix that every rank has; of a block the slowest of theirs."""

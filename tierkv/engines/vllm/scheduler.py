@@ -74,6 +74,7 @@ class SchedulerSide:
         self._requests: dict[str, _Tracked] = {}
         self._step = Step()
         self._failed_steps = 0
+        self._steps = self._saving_step = 0
         self.counters: dict[str, float] = {}
 
     def told(self, reports: Iterable[Report]) -> None:
@@ -173,7 +174,16 @@ class SchedulerSide:
         """What was gathered since the last step."""
         done, self._step = self._step, Step()
         done.failed_steps = self._failed_steps
+        self._steps += 1
+        done.number = self._steps
+        if done.saves:
+            self._saving_step = self._steps
         return done
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a rank has not told yet that all of the steps so far is saved."""
+        return self._saving_step > self._mirror.saved_step
 
     def failed(self, places: set[int]) -> None:
         """Nothing was loaded to these places: vLLM computes that, and what was not saved is then.

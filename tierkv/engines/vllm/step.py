@@ -43,6 +43,8 @@ class Wish:
 class Step:
     """See the module."""
 
+    #: From 1; steps are in order.
+    number: int = 0
     #: The step waits for these, layer by layer.
     loads: list[Blocks] = field(default_factory=list)
     #: Their requests wait outside of any step.

@@ -1,9 +1,8 @@
 """The worker's side: moves whole blocks between the engine's cache and this rank's store.
 
 Loads are in `loading`. What did not arrive is told by its places and computed again; nothing is
-ever written to a place after it was told, and nothing that was computed on it is saved. Saves copy
-into host memory before the step ends, as the engine may then write to the places again; the disk is
-written behind. After a step it tells the scheduler what its store has (`report`).
+ever written to a place after it was told, and nothing that was computed on it is saved. Saves are
+in `saving`. After a step it tells the scheduler what its store has (`report`).
 
 The engine's cache is bytes here: `(blocks, bytes of a block)` for each layer, on any device.
 """
@@ -20,7 +19,9 @@ import torch
 from tierkv.core.errors import GeometryMismatch
 from tierkv.engines.vllm.loading import Loaded, LoadsBeside, StepLoad
 from tierkv.engines.vllm.mirror import Report, changes_of
-from tierkv.engines.vllm.step import Blocks, Step, Wish
+from tierkv.engines.vllm.saving import Saver
+from tierkv.engines.vllm.side_stream import SideStream
+from tierkv.engines.vllm.step import Step, Wish
 from tierkv.store import Hint, Store
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,14 @@ class WorkerSide:
         self._numbers: dict[str, int] = {}
         self._loading: StepLoad | None = None
         self._pool = ThreadPoolExecutor(1, "tierkv-load")
-        self._beside = LoadsBeside(store)
+        self._beside: LoadsBeside | None = None
+        self._saver: Saver | None = None
+        self._stream: SideStream | None = None
         self._under_way: set[str] = set()
         self._not_loaded: set[int] = set()
         self._failed_steps = 0
         self._rates = {"memory": 0.0, "disk": 0.0, "prefill": 0.0}
         self._began = self._waited = 0.0
-        self.saved_blocks = 0
         #: For `stats`; they start again whenever they are taken.
         self.counters: dict[str, float] = {}
 
@@ -63,6 +65,10 @@ class WorkerSide:
         found = (len(self._layers), self._layers[0].shape[1])
         if found != wanted:
             raise GeometryMismatch(f"the engine's cache is {found} layers and bytes, not {wanted}")
+        device = self._layers[0].device
+        self._stream = SideStream(device)
+        self._beside = LoadsBeside(self._store, self._layers, SideStream(device))
+        self._saver = Saver(self._store, self._layers)
 
     def start(self) -> None:
         """A step's time begins."""
@@ -73,11 +79,13 @@ class WorkerSide:
         if step.clears:
             self._store.clear()
         if step.loads:
-            self._loading = StepLoad(self._store, self._layers, step.loads)
+            assert self._stream is not None, "there is no cache yet"
+            self._loading = StepLoad(self._store, self._layers, step.loads, self._stream)
             self._pool.submit(self._loading.run)
         for blocks in step.async_loads:
+            assert self._beside is not None, "there is no cache yet"
             self._under_way.add(blocks.request)
-            self._beside.submit(self._layers, blocks)
+            self._beside.submit(blocks)
 
     def wait_for_layer(self, name: str) -> None:
         """Return when a layer holds what the step loads, as far as that arrived.
@@ -87,7 +95,7 @@ class WorkerSide:
         """
         if self._loading is not None:
             start = time.perf_counter()
-            self._loading.done[self._numbers[name]].wait()
+            self._loading.wait_for(self._numbers[name])
             self._waited += time.perf_counter() - start
 
     def end(self) -> None:
@@ -99,23 +107,22 @@ class WorkerSide:
             self._failed_steps += bool(loaded.not_loaded)
 
     def save(self, step: Step) -> None:
-        """Put what the step computed; nothing of a step that may have computed on what is missing.
+        """Save what the step computed; nothing of a step that may have computed on what is missing.
 
         That is the step itself, and those that were made before the scheduler heard of it.
         """
+        saver = self._saver
+        assert saver is not None, "there is no cache yet"
         if step.failed_steps == self._failed_steps:
             start = time.perf_counter()
             for blocks in step.saves:
                 try:
-                    self._put(blocks)
+                    saver.submit(blocks)
                 except Exception:  # whatever it was, it is no reason to stop an engine
                     logger.exception("not saved request=%s", blocks.request)
             if step.saves:
                 self._count("save_seconds", time.perf_counter() - start)
-                # To save is to wait for what a device computes, so it is a part of that time.
-                if step.tokens >= _TOKENS_MIN:
-                    taken = time.perf_counter() - self._began - self._waited
-                    self._measure("prefill", step.tokens, taken)
+        saver.end_of(step.number, tokens=step.tokens, began=self._began + self._waited)
         for wish in step.wishes:
             self._store.hint(_hint(wish))
         for keys in step.used:
@@ -127,9 +134,13 @@ class WorkerSide:
 
         A step that computes nothing may wait a little, as nothing else is to be done.
         """
+        assert self._beside is not None, "there is no cache yet"
+        assert self._saver is not None, "there is no cache yet"
+        wait_s = 0.0 if step.tokens else _IDLE_S
         if not self._under_way:
+            self._saver.done(wait_s=wait_s)
             return set()
-        ended = self._beside.arrived(wait_s=0.0 if step.tokens else _IDLE_S)
+        ended = self._beside.arrived(wait_s=wait_s)
         for blocks, loaded in ended.values():
             self._note(loaded, is_cold=blocks.is_cold)
         self._under_way -= ended.keys()
@@ -142,9 +153,17 @@ class WorkerSide:
 
     def report(self) -> Report:
         """What the store has now that it had not, and how fast it is."""
+        saved_step = 0
+        if self._saver is not None:
+            # Before the changes are asked for, or they would lack what was put meanwhile.
+            saved_step = self._saver.done()
+            computed, self._saver.computed = self._saver.computed, None
+            if computed is not None and computed[0] >= _TOKENS_MIN:
+                self._measure("prefill", *computed)
         return Report(
             self._rank,
             changes_of(self._store.changes()),
+            saved_step,
             self._failed_steps,
             self._rates["memory"],
             self._rates["disk"],
@@ -154,7 +173,9 @@ class WorkerSide:
     def close(self) -> None:
         """Let what is under way end, and make the store durable."""
         self._pool.shutdown()
-        self._beside.close()
+        if self._beside is not None and self._saver is not None:
+            self._beside.close()
+            self._saver.close()
         self._layers = []
         self._store.close()
 
@@ -174,18 +195,6 @@ class WorkerSide:
     def _count(self, name: str, amount: float) -> None:
         if amount:
             self.counters[name] = self.counters.get(name, 0) + amount
-
-    def _put(self, blocks: Blocks) -> None:
-        """Put those of some blocks that are not stored yet."""
-        known = max(blocks.first, self._store.match_keys(blocks.keys).blocks)
-        places = blocks.places[known - blocks.first :]
-        if not places:
-            return
-        index = torch.tensor(places, device=self._layers[0].device)
-        rows = torch.stack([layer.index_select(0, index) for layer in self._layers])
-        saved = self._store.put_keys(blocks.keys, rows, first_block=known)
-        self.saved_blocks += saved
-        self._count("saved_bytes", saved * self._store.plan.block_bytes)
 
 
 def _hint(wish: Wish) -> Hint:
