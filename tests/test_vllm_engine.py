@@ -18,6 +18,7 @@ import pytest
 
 from tierkv.demo.model import checkpoint
 from tierkv.testing.engines import EngineDriver, EngineTests, reused_of
+from tierkv.testing.life import Trouble
 
 pytestmark = pytest.mark.engine
 
@@ -62,6 +63,18 @@ class TestVLLM(VLLM, EngineTests):
         said = self.check(place, self.life(place, *turns, host="96MiB", settings=settings))
         assert said.counters["vllm:external_prefix_cache_hits"] > 0
 
+    def test_layers_with_a_window_have_blocks_of_their_own(self, place: Path) -> None:
+        """Every third layer sees all, the others 128 tokens; two of a kind are a group."""
+        settings = {"model": str(small_model(place / "small", "gemma"))}
+        turns = [[self.ask(n, 0)] for n in range(2)] + [[self.ask(n, 1) for n in range(2)]]
+        life = self.life(place, *turns, host="24MiB", settings=settings)
+        first = self.check(place, life)
+        assert reused_of(first) == [[0], [0], [self.whole] * 2]
+        assert reused_of(self.check(place, life))[0][0] >= self.whole
+        broken = self.life(place, turns[0], settings=settings, trouble=Trouble.READS_FAIL)
+        assert self.check(place, broken).counters["vllm:tierkv_failed_requests"] == 1
+        assert len(list((place / "kv").iterdir())) == 3, "a directory for each group"
+
 
 class TestVLLMInProcesses(VLLM):
     """As `vllm serve` runs it: the API, the scheduler and each rank's worker are processes."""
@@ -89,17 +102,28 @@ class TestVLLMInProcesses(VLLM):
         assert len(list((place / "kv").iterdir())) == 2, "a directory for each rank"
 
 
-def small_model(place: Path) -> Path:
-    """A Llama of nobody's weights whose heads two ranks can share."""
+def small_model(place: Path, kind: str = "llama") -> Path:
+    """A model of nobody's weights whose heads two ranks can share."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=41_000, max_position_embeddings=8192,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(place)
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 41_000,
+        "max_position_embeddings": 8192,
+    }
+    if kind == "llama":
+        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(place)
+        return place
+    layers = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(**shape, sliding_window=128, layer_types=layers)
+    Gemma3ForCausalLM(config).save_pretrained(place)
     return place
 
 

@@ -247,25 +247,25 @@ def step_rows(place: Path, quick: bool) -> list[Row]:
     side = SchedulerSide(block_tokens=BLOCK, block_bytes=BLOCK * TOKEN_BYTES)
     long = Request("long", 2048 * BLOCK + 1, [os.urandom(32) for _ in range(2048)])
     known = [os.urandom(32) for _ in range(200_000)] + long.block_hashes
-    side.told([Report(0, dict.fromkeys(known, MEMORY))])
+    side.told([Report(0, [dict.fromkeys(known, MEMORY)])])
     looked = timed(lambda: side.matched(long, 0), 200)
     assert side.matched(long, 0)[0] == 2048 * BLOCK
     running = [Request(str(n), 1, [os.urandom(32) for _ in range(256)]) for n in range(64)]
     places = [list(range(256)) for _ in running]
     for request, held in zip(running, places, strict=True):
-        side.allocated(request, held, 0)
+        side.allocated(request, [held], 0)
     at = 0
 
     def step() -> None:
         nonlocal at
         at += 1
-        for request, held in zip(running, places, strict=True):
-            side.scheduled(request.request_id, held, at, 1)
+        for request in running:
+            side.scheduled(request.request_id, None, at, 1)
         saved = side.step().saves
         changes: dict[bytes, int] = {
             key: MEMORY for blocks in saved for key in blocks.keys[blocks.first :]
         }
-        side.told([Report(0, changes)])
+        side.told([Report(0, [changes])])
 
     taken = timed(step, steps)
     p50, p99 = np.percentile(taken, [50, 99]) * 1e6

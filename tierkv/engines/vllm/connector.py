@@ -13,14 +13,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.kv_offload.base import Medium
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from tierkv.engines.vllm.mirror import DISK, Report
-from tierkv.engines.vllm.opening import block_bytes_of, check_served, open_store
+from tierkv.engines.vllm.opening import (
+    block_bytes_of,
+    check_served,
+    has_windows,
+    open_stores,
+)
 from tierkv.engines.vllm.scheduler import SchedulerSide
 from tierkv.engines.vllm.stats import TierKVMetrics, TierKVStats
 from tierkv.engines.vllm.step import Step
@@ -66,7 +73,7 @@ class Inventory(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     report: Report
 
 
-class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class TierKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """A connector of one role: the scheduler's or a worker's."""
 
     def __init__(
@@ -79,13 +86,15 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         parallel = vllm_config.parallel_config
         if role != KVConnectorRole.SCHEDULER:
             rank = parallel.rank % parallel.world_size
-            self._worker = WorkerSide(open_store(vllm_config, kv_cache_config), rank=rank)
+            self._worker = WorkerSide(open_stores(vllm_config, kv_cache_config), rank=rank)
             return
         self._block_tokens = vllm_config.cache_config.block_size
         self._scheduler = SchedulerSide(
             block_tokens=self._block_tokens,
             block_bytes=block_bytes_of(kv_cache_config),
             ranks=parallel.world_size,
+            groups=len(kv_cache_config.kv_cache_groups),
+            has_windows=has_windows(kv_cache_config),
         )
         told = vllm_config.kv_events_config
         self._events: list[KVCacheEvent] | None = (
@@ -129,7 +138,7 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """A request has its blocks."""
-        self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self.scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def get_external_cache_hit_sources(
         self, request: Request, num_external_tokens: int
@@ -144,15 +153,17 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         side, tokens = self.scheduler, scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             side.scheduled(
-                new.req_id, new.block_ids[0], new.num_computed_tokens, tokens[new.req_id]
+                new.req_id, new.block_ids, new.num_computed_tokens, tokens[new.req_id], is_all=True
             )
         cached = scheduler_output.scheduled_cached_reqs
         for number, name in enumerate(cached.req_ids):
-            added = cached.new_block_ids[number]
-            places = [] if name in cached.resumed_req_ids else side.places_of(name)
-            if added:
-                places = [*places, *added[0]]
-            side.scheduled(name, places, cached.num_computed_tokens[number], tokens[name])
+            side.scheduled(
+                name,
+                cached.new_block_ids[number],
+                cached.num_computed_tokens[number],
+                tokens[name],
+                is_all=name in cached.resumed_req_ids,
+            )
         return StepMetadata(side.step())
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -162,6 +173,8 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._told(told.reports)
         if connector_output.invalid_block_ids:
             self.scheduler.failed(connector_output.invalid_block_ids)
+        if connector_output.failed_recving:
+            self.scheduler.failed_requests(connector_output.failed_recving)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -173,6 +186,13 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def has_pending_push_work(self) -> bool:
         """Whether the engine is to step on, though nothing is asked, to hear what was saved."""
         return self._scheduler is not None and self._scheduler.is_saving
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished`, of a model whose layers are in groups."""
+        self.scheduler.finished(request.request_id)
+        return False, None
 
     def reset_cache(self) -> bool:
         """Forget all that is stored."""
@@ -234,9 +254,10 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self.worker.end()
         self.worker.save(self._step())
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Which loads beside the steps have ended; saves never outlive a step."""
-        return None, self.worker.arrived(self._step()) or None
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Which loads beside the steps have ended; nobody waits for saves."""
+        ended, failed = self.worker.arrived(self._step())
+        return KVConnectorTransferResults(finished_recving=ended, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Which blocks the engine has to compute."""
@@ -277,10 +298,10 @@ class TierKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 
 def events_of(report: Report, block_tokens: int) -> list[KVCacheEvent]:
-    """A report as vLLM's events; of a block only its hash is known here, and its tier."""
+    """A report's first group as vLLM's events: of a block its hash and tier are known here."""
     events: list[KVCacheEvent] = []
     by_tier: dict[int, list[Any]] = {}
-    for key, tier in (report.changes or {}).items():
+    for key, tier in (report.changes[0] or {}).items():
         by_tier.setdefault(tier, []).append(maybe_convert_block_hash(key))
     for tier, hashes in by_tier.items():
         if not tier:

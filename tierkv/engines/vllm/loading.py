@@ -27,12 +27,20 @@ from tierkv.store import Lease, Match, Store
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class GroupCache:
+    """A group of layers: its store, and its layers of the engine's cache as (blocks, bytes)."""
+
+    store: Store
+    layers: list[torch.Tensor]
+
+
 @dataclass(slots=True)
 class Loaded:
     """How a load went."""
 
     not_loaded: list[int]
-    blocks: int = 0
+    loaded_bytes: int = 0
     seconds: float = 0.0
 
 
@@ -41,17 +49,16 @@ class StepLoad:
 
     def __init__(
         self,
-        store: Store,
-        layers: list[torch.Tensor],
+        cache: GroupCache,
         loads: Sequence[Blocks],
         stream: SideStream,
     ) -> None:
-        self._store = store
-        self._layers = layers
+        self._store = cache.store
+        self._layers = cache.layers
         self._loads = loads
         self._stream = stream
         self._marks: dict[int, Mark] = {}
-        self.done = [threading.Event() for _ in layers]
+        self.done = [threading.Event() for _ in self._layers]
         stream.follow()
         self._loaded = Loaded([])
 
@@ -66,7 +73,7 @@ class StepLoad:
                 )
                 leases.append((blocks, lease))
                 loaded.not_loaded += blocks.places[lease.blocks :]
-                loaded.blocks += lease.blocks
+                loaded.loaded_bytes += lease.blocks * self._store.plan.block_bytes
             for number, layer in enumerate(self._layers):
                 with self._stream.queue():
                     for blocks, lease in leases:
@@ -100,26 +107,27 @@ class StepLoad:
 class LoadsBeside:
     """The loads beside the steps: `submit` them, ask which have `arrived`."""
 
-    def __init__(self, store: Store, layers: list[torch.Tensor], stream: SideStream) -> None:
-        self._store = store
-        self._layers = layers
+    def __init__(self, caches: Sequence[GroupCache], stream: SideStream) -> None:
+        self._caches = caches
         self._stream = stream
         self._order = itertools.count()
-        self._waiting: queue.PriorityQueue[tuple[float, int, Blocks | None]] = queue.PriorityQueue()
-        self._arrived: dict[str, tuple[Blocks, Loaded]] = {}
+        self._waiting: queue.PriorityQueue[tuple[float, int, list[Blocks] | None]] = (
+            queue.PriorityQueue()
+        )
+        self._arrived: dict[str, tuple[list[Blocks], Loaded]] = {}
         self._under_way = 0
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="tierkv-load-beside", daemon=True)
         self._thread.start()
 
-    def submit(self, blocks: Blocks) -> None:
-        """Load some blocks when those that are more urgent are there."""
+    def submit(self, parts: list[Blocks]) -> None:
+        """Load a request's blocks in all groups when those that are more urgent are there."""
         with self._changed:
             self._under_way += 1
         self._stream.follow()
-        self._waiting.put((blocks.priority, next(self._order), blocks))
+        self._waiting.put((parts[0].priority, next(self._order), parts))
 
-    def arrived(self, *, wait_s: float = 0.0) -> dict[str, tuple[Blocks, Loaded]]:
+    def arrived(self, *, wait_s: float = 0.0) -> dict[str, tuple[list[Blocks], Loaded]]:
         """What has ended since this was last asked, by request; waits so long for the first."""
         with self._changed:
             if wait_s and self._under_way:
@@ -134,31 +142,36 @@ class LoadsBeside:
         self._thread.join()
 
     def _run(self) -> None:
-        while (blocks := self._waiting.get()[2]) is not None:
-            loaded = Loaded(list(blocks.places))
-            start = time.perf_counter()
-            try:
-                self._load(blocks, loaded)
-            except Exception:  # whatever it was, these blocks are computed
-                logger.exception("not loaded request=%s", blocks.request)
-                loaded.not_loaded = list(blocks.places)
+        while (parts := self._waiting.get()[2]) is not None:
+            loaded, start = Loaded([]), time.perf_counter()
+            for blocks in parts:
+                left = list(blocks.places)
+                try:
+                    loaded.loaded_bytes += self._load(blocks, left)
+                except Exception:  # whatever it was, these blocks are computed
+                    logger.exception("not loaded request=%s", blocks.request)
+                    left = list(blocks.places)
+                loaded.not_loaded += left
             loaded.seconds = time.perf_counter() - start
             with self._changed:
-                self._arrived[blocks.request] = blocks, loaded
+                self._arrived[parts[0].request] = parts, loaded
                 self._changed.notify_all()
 
-    def _load(self, blocks: Blocks, loaded: Loaded) -> None:
-        match = _match(self._store, blocks.keys)
-        while loaded.not_loaded:
-            with self._store.lease(match, first_block=blocks.first + loaded.blocks) as lease:
+    def _load(self, blocks: Blocks, left: list[int]) -> int:
+        """Take places out of `left` as they are loaded; gives bytes."""
+        store, layers = self._caches[blocks.group].store, self._caches[blocks.group].layers
+        match, done = _match(store, blocks.keys), 0
+        while left:
+            with store.lease(match, first_block=blocks.first + done) as lease:
                 if not lease.blocks:
                     break
                 with self._stream.queue():
-                    for number, layer in enumerate(self._layers):
-                        _fill(layer, loaded.not_loaded, lease.layer(number), self._stream)
+                    for number, layer in enumerate(layers):
+                        _fill(layer, left, lease.layer(number), self._stream)
                 self._stream.mark().wait()  # the lease keeps its pages until they are read
-                loaded.blocks += lease.blocks
-                del loaded.not_loaded[: lease.blocks]
+                done += lease.blocks
+                del left[: lease.blocks]
+        return done * store.plan.block_bytes
 
 
 def _match(store: Store, keys: list[BlockKey]) -> Match:

@@ -23,7 +23,7 @@ from tierkv.store import Store
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 #: What `kv_connector_extra_config` may hold.
 _OPTIONS: Final = ("config", "host", "cold", "directory")
@@ -40,24 +40,50 @@ def check_served(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
             f"vLLM names blocks by {algorithm}, which a prompt can be made to forge; cure: "
             "--prefix-caching-hash-algo sha256"
         )
-    groups = len(kv_cache_config.kv_cache_groups)
-    if groups != 1:
-        raise GeometryMismatch(
-            f"the model's cache has {groups} groups of layers that vLLM keeps apart (Mamba); "
-            "tierkv serves models of one; cure: serve this model without it"
-        )
+    size = vllm_config.cache_config.block_size
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if not hasattr(spec, "num_kv_heads") or spec.block_size != size:
+            raise GeometryMismatch(
+                f"layers {group.layer_names[0]}, ..: a cache of {type(spec).__name__} with blocks "
+                f"of {spec.block_size} tokens; tierkv serves attention in blocks of {size}; cure: "
+                "serve this model without it"
+            )
 
 
-def open_store(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Store:
-    """The store of this rank, which has its share of the capacities."""
+def open_stores(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[Store, list[str]]:
+    """This rank's stores and their layers, one for each group, which shares the capacities."""
     options = vllm_config.kv_transfer_config.kv_connector_extra_config
+    groups, stores = kv_cache_config.kv_cache_groups, dict[Store, list[str]]()
     config = config_of(options, vllm_config)
-    return Store.open(config, layout_of(vllm_config, kv_cache_config, config))
+    whole = block_bytes_of(kv_cache_config)
+    try:
+        for group in groups:
+            part = _part_of(config, _group_bytes(group), whole)
+            layout = layout_of(vllm_config, group, part)
+            stores[Store.open(part, layout)] = group.layer_names
+    except BaseException:
+        for store in stores:
+            store.close()
+        raise
+    return stores
 
 
 def block_bytes_of(kv_cache_config: KVCacheConfig) -> int:
-    """Bytes of a block of one rank, all layers."""
-    group = kv_cache_config.kv_cache_groups[0]
+    """Bytes of a block of one rank, all layers of all groups."""
+    return sum(map(_group_bytes, kv_cache_config.kv_cache_groups))
+
+
+def has_windows(kv_cache_config: KVCacheConfig) -> bool:
+    """Whether some layers forget what a window has left behind."""
+    return any(
+        getattr(group.kv_cache_spec, name, None) is not None
+        for group in kv_cache_config.kv_cache_groups
+        for name in ("sliding_window", "attention_chunk_size")
+    )
+
+
+def _group_bytes(group: KVCacheGroupSpec) -> int:
     return int(group.kv_cache_spec.page_size_bytes) * len(group.layer_names)
 
 
@@ -92,21 +118,29 @@ def config_of(options: Mapping[str, Any], vllm_config: VllmConfig) -> Config:
 def _share_of(config: Config, vllm_config: VllmConfig) -> Config:
     """Capacities are the whole engine's, and ranks share them; replicas have a directory each."""
     parallel = vllm_config.parallel_config
-    ranks, replica = parallel.world_size, getattr(parallel, "data_parallel_rank", 0)
-    host, cold = config.tiers.host, config.tiers.cold
-    host = host.model_copy(update={"capacity": host.capacity // ranks})
-    if cold is not None:
-        place = cold.directory / f"replica-{replica}" if replica else cold.directory
-        share = {"capacity": cold.capacity // ranks, "directory": place}
-        cold = cold.model_copy(update=share)
-    tiers = config.tiers.model_copy(update={"host": host, "cold": cold})
-    return config.model_copy(update={"tiers": tiers})
+    replica, cold = getattr(parallel, "data_parallel_rank", 0), config.tiers.cold
+    if replica and cold is not None:
+        place = cold.directory / f"replica-{replica}"
+        tiers = config.tiers.model_copy(
+            update={"cold": cold.model_copy(update={"directory": place})}
+        )
+        config = config.model_copy(update={"tiers": tiers})
+    return _part_of(config, 1, parallel.world_size)
 
 
-def layout_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> Layout:
-    """What a block of this rank's cache is."""
-    groups, parallel = kv_cache_config.kv_cache_groups, vllm_config.parallel_config
-    spec, layers = groups[0].kv_cache_spec, len(groups[0].layer_names)
+def _part_of(config: Config, part: int, whole: int) -> Config:
+    """That part of the capacities."""
+    tiers: dict[str, Any] = {}
+    for name, tier in (("host", config.tiers.host), ("cold", config.tiers.cold)):
+        if tier is not None:
+            tiers[name] = tier.model_copy(update={"capacity": tier.capacity * part // whole})
+    return config.model_copy(update={"tiers": config.tiers.model_copy(update=tiers)})
+
+
+def layout_of(vllm_config: VllmConfig, group: KVCacheGroupSpec, config: Config) -> Layout:
+    """What a block of a group of this rank's cache is."""
+    parallel = vllm_config.parallel_config
+    spec, layers = group.kv_cache_spec, len(group.layer_names)
     model, engine = vllm_config.model_config, vllm_config.cache_config
     token_bytes = spec.page_size_bytes // spec.block_size
     # Nothing here looks into a block: to the store it is bytes for each token and layer.
@@ -117,9 +151,10 @@ def layout_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: C
         "spec": type(spec).__name__,
         "kv_heads": getattr(spec, "num_kv_heads", None),
         "head_dim": getattr(spec, "head_size", None),
+        "window": getattr(spec, "sliding_window", None),
         "dtype": str(getattr(spec, "dtype", None)),
         "cache_dtype": str(engine.cache_dtype),
-        "layers": groups[0].layer_names,
+        "layers": group.layer_names,
         "rank": f"{parallel.rank % parallel.world_size} of {parallel.world_size}",
         "hashes": str(engine.prefix_caching_hash_algo),
         "device": str(vllm_config.device_config.device_type),

@@ -12,12 +12,14 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from tierkv.core.keys import BlockKey
+from tierkv.engines.vllm.loading import GroupCache
 from tierkv.engines.vllm.side_stream import Mark, SideStream
 from tierkv.engines.vllm.step import Blocks
 from tierkv.store import Store
@@ -32,6 +34,7 @@ _PENDING_BYTES_MAX: Final = 256 << 20
 @dataclass(slots=True)
 class _Part:
     request: str
+    store: Store
     keys: list[BlockKey]
     first: int
     rows: torch.Tensor
@@ -50,10 +53,9 @@ class _End:
 class Saver:
     """See the module. `submit` and `done` are called by the worker's thread."""
 
-    def __init__(self, store: Store, layers: list[torch.Tensor]) -> None:
-        self._store = store
-        self._layers = layers
-        self._stream = SideStream(layers[0].device)
+    def __init__(self, caches: Sequence[GroupCache], stream: SideStream) -> None:
+        self._caches = caches
+        self._stream = stream
         self._parts: queue.SimpleQueue[_Part | _End | None] = queue.SimpleQueue()
         self._pending_bytes = 0
         self._changed = threading.Condition()
@@ -67,20 +69,22 @@ class Saver:
 
     def submit(self, blocks: Blocks) -> None:
         """Put those of some blocks that are not stored yet, soon; their places are free at once."""
-        known = max(blocks.first, self._store.match_keys(blocks.keys).blocks)
+        cache = self._caches[blocks.group]
+        store, block_bytes = cache.store, cache.store.plan.block_bytes
+        known = max(blocks.first, store.match_keys(blocks.keys).blocks)
         places = blocks.places[known - blocks.first :]
-        step = max(1, _PART_BYTES // self._store.plan.block_bytes)
+        step = max(1, _PART_BYTES // block_bytes)
         for at in range(0, len(places), step):
             part = places[at : at + step]
-            size = len(part) * self._store.plan.block_bytes
+            size = len(part) * block_bytes
             self._wait_for_room(size)
             try:
-                rows, copied = self._gather(part)
+                rows, copied = self._gather(cache.layers, part)
             except BaseException:
                 self._give_back(size)
                 raise
             keys = blocks.keys[: known + at + len(part)]
-            self._parts.put(_Part(blocks.request, keys, known + at, rows, copied))
+            self._parts.put(_Part(blocks.request, store, keys, known + at, rows, copied))
 
     def end_of(self, step: int, *, tokens: int, began: float) -> None:
         """All of a step was submitted, that computes tokens since `began` (perf_counter)."""
@@ -98,12 +102,12 @@ class Saver:
         self._parts.put(None)
         self._thread.join()
 
-    def _gather(self, places: list[int]) -> tuple[torch.Tensor, Mark]:
+    def _gather(self, layers: list[torch.Tensor], places: list[int]) -> tuple[torch.Tensor, Mark]:
         """Blocks as (layers, blocks, bytes) in host memory, there when the mark is passed."""
         self._stream.follow()
         with self._stream.queue():
             index = self._stream.index(places)
-            rows = torch.stack([layer.index_select(0, index) for layer in self._layers])
+            rows = torch.stack([layer.index_select(0, index) for layer in layers])
         self._stream.mark().hold()
         with self._stream.queue():
             rows = self._stream.to_host(rows)
@@ -135,7 +139,7 @@ class Saver:
             try:
                 part.copied.wait()  # what it waits for is what the step computes
                 computed_at = computed_at or time.perf_counter()
-                self.saved_blocks += self._store.put_keys(
+                self.saved_blocks += part.store.put_keys(
                     part.keys, part.rows, first_block=part.first
                 )
             except Exception:  # whatever it was, it is no reason to stop an engine

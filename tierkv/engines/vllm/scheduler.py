@@ -4,7 +4,10 @@ It asks its copy of what the workers have, and neither a disk nor a process. Pro
 is on disk are loaded beside the steps of others; what is in memory is loaded within the step, layer
 by layer. With several ranks all is loaded beside: of a load within a step a rank would know only
 its own failures, and save what it computed from another's. At least one token is left to compute.
-Single owner: the scheduler's thread.
+
+Where layers are in groups (sliding windows), each has its own blocks, and what is behind a window
+has none: its places are `NO_PLACE`. Such groups are loaded beside the steps too, as vLLM hears of
+their failures by request. Single owner: the scheduler's thread.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from tierkv.engines.vllm.step import Blocks, Step, Wish
 from tierkv.engines.vllm.wishes import Wishes
 from tierkv.store import HintKind
 
+#: The place of a block that a window has left behind: vLLM's null block.
+NO_PLACE: Final = 0
 #: A prefix that was not loaded as the disk was slow makes the next look so much less slow.
 _DOUBT: Final = 0.9
 
@@ -54,21 +59,36 @@ class _Tracked:
 
     request: Request
     wishes: Wishes = field(default_factory=Wishes)
-    places: list[int] = field(default_factory=list)
-    #: Blocks from the first that are stored, or that a step was told to save.
+    #: The blocks that it has, by group.
+    places: list[list[int]] = field(default_factory=list)
+    #: Blocks from the first that are stored, or that a step was told to save, in all groups.
     saved: int = 0
+    #: Whether `places` are as vLLM told, or windows may have left some behind since.
+    is_known: bool = True
     #: The tiers of what was found last, beyond what the engine has.
     tiers: list[int] = field(default_factory=list)
+    #: Whether vLLM was told that it is loaded beside the steps, and waits for that.
+    is_beside: bool = False
 
 
 class SchedulerSide:
     """See the module. `counters` are for `stats`, and start again whenever they are taken."""
 
-    def __init__(self, *, block_tokens: int, block_bytes: int, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        block_tokens: int,
+        block_bytes: int,
+        ranks: int = 1,
+        groups: int = 1,
+        has_windows: bool = False,
+    ) -> None:
         self._block_tokens = block_tokens
         self._block_bytes = block_bytes
         self._ranks = ranks
-        self._mirror = Mirror(ranks)
+        self._groups = groups
+        self._has_windows = has_windows
+        self._mirror = Mirror(ranks, groups)
         self._costs = BlockSeconds()
         self._doubt = 1.0
         self._requests: dict[str, _Tracked] = {}
@@ -116,27 +136,43 @@ class SchedulerSide:
             self._doubt *= _DOUBT
             self._count("declined_tokens", (len(tiers) - loaded) * size)
         tracked.tiers = tiers[:loaded]
-        return loaded * size, self._is_beside(tracked)
+        is_apart = self._ranks > 1 or self._groups > 1
+        tracked.is_beside = bool(loaded) and (is_apart or DISK in tracked.tiers)
+        return loaded * size, tracked.is_beside
 
-    def allocated(self, request: Request, places: Sequence[int], loaded_tokens: int) -> None:
-        """Blocks were given to a request, for what it computes and for what it loads."""
+    def allocated(
+        self, request: Request, places: Sequence[Sequence[int]], loaded_tokens: int
+    ) -> None:
+        """Blocks were given to a request, for what it computes and for what it loads; by group."""
         tracked = self._tracked(request)
-        tracked.places = list(places)
+        tracked.places = [list(group) for group in places]
         first = request.num_computed_tokens // self._block_tokens
         if first:
             self._step.used.append(self._keys(request, first))
-        if not loaded_tokens:
+        loaded = loaded_tokens // self._block_tokens
+        del tracked.tiers[loaded:]
+        if not loaded:
             return
-        end = first + loaded_tokens // self._block_tokens
-        is_beside = self._is_beside(tracked)
-        blocks = Blocks(
-            request.request_id,
-            self._keys(request, end),
-            tracked.places[first:end],
-            is_cold=DISK in tracked.tiers,
-            priority=request.priority,
-        )
-        (self._step.async_loads if is_beside else self._step.loads).append(blocks)
+        end = first + loaded
+        keys, is_cold = self._keys(request, end), DISK in tracked.tiers
+        parts = []
+        for group, held in enumerate(tracked.places):
+            start = _behind_windows(held, first, end)
+            if start < end:
+                parts.append(
+                    Blocks(
+                        request.request_id,
+                        keys,
+                        held[start:end],
+                        group=group,
+                        is_cold=is_cold,
+                        priority=request.priority,
+                    )
+                )
+        if tracked.is_beside:
+            self._step.async_loads.append(parts)
+        else:
+            self._step.loads += parts
         tracked.saved = max(tracked.saved, end)
 
     def sources(self, request: Request) -> tuple[int, int]:
@@ -149,26 +185,39 @@ class SchedulerSide:
         return found
 
     def scheduled(
-        self, request_id: str, places: Sequence[int], computed_tokens: int, tokens: int
+        self,
+        request_id: str,
+        added: Sequence[Sequence[int]] | None,
+        computed_tokens: int,
+        tokens: int,
+        *,
+        is_all: bool = False,
     ) -> None:
-        """A step computes `tokens` of a request after `computed_tokens`, with these blocks."""
+        """A step computes `tokens` of a request after `computed_tokens`.
+
+        `added` are blocks that it got for that, by group; `is_all`: all that it has.
+        """
         self._step.tokens += tokens
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
-        tracked.places = list(places)
+        if is_all:
+            tracked.places, tracked.is_known = [], True
+        if added is not None:
+            before = tracked.places or [[] for _ in added]
+            tracked.places = [[*had, *got] for had, got in zip(before, added, strict=True)]
         request = tracked.request
         computed = (computed_tokens + tokens) // self._block_tokens
-        whole = min(computed, len(request.block_hashes), len(places))
-        if whole > tracked.saved and tracked.wishes.may_save:
-            saved = tracked.places[tracked.saved : whole]
-            self._step.saves.append(Blocks(request_id, self._keys(request, whole), saved))
-            tracked.saved = whole
-
-    def places_of(self, request_id: str) -> list[int]:
-        """The blocks that a request was last known to have."""
-        tracked = self._requests.get(request_id)
-        return [] if tracked is None else tracked.places
+        whole = min(computed, len(request.block_hashes), *map(len, tracked.places))
+        if whole <= tracked.saved or not tracked.wishes.may_save or not tracked.is_known:
+            return
+        keys = self._keys(request, whole)
+        for group, held in enumerate(tracked.places):
+            start = _behind_windows(held, tracked.saved, whole)
+            if start < whole:
+                saved = Blocks(request_id, keys, held[start:whole], group=group)
+                self._step.saves.append(saved)
+        tracked.saved = whole
 
     def step(self) -> Step:
         """What was gathered since the last step."""
@@ -192,9 +241,24 @@ class SchedulerSide:
         """
         self._count("failed_blocks", len(places))
         for tracked in self._requests.values():
-            tracked.saved = 0  # nobody knows what the worker left out; what is stored it skips
-            if not places.isdisjoint(tracked.places):
+            self._save_again(tracked)
+            if any(not places.isdisjoint(held) for held in tracked.places):
                 tracked.wishes.may_load = False
+
+    def failed_requests(self, names: Iterable[str]) -> None:
+        """As `failed`, of requests whose layers are in groups; all of them is computed."""
+        for name in names:
+            self._count("failed_requests", 1)
+            if name in self._requests:
+                self._requests[name].wishes.may_load = False
+        for tracked in self._requests.values():
+            self._save_again(tracked)
+
+    def _save_again(self, tracked: _Tracked) -> None:
+        """Nobody knows what a worker left out; what is stored it skips."""
+        tracked.saved = 0
+        # A window may have left places of before behind, and others have them by now.
+        tracked.is_known = not self._has_windows
 
     def finished(self, request_id: str) -> None:
         """A request has ended; what was gathered for it still is done."""
@@ -206,12 +270,9 @@ class SchedulerSide:
 
     def clear(self) -> None:
         """Nothing that is stored is wanted any more."""
-        self._mirror = Mirror(self._ranks)
+        self._mirror = Mirror(self._ranks, self._groups)
         self._step.clears = True
         self.failed(set())
-
-    def _is_beside(self, tracked: _Tracked) -> bool:
-        return bool(tracked.tiers) and (self._ranks > 1 or DISK in tracked.tiers)
 
     def _wish(self, kind: HintKind, keys: list[BlockKey], seconds: float) -> None:
         self._step.wishes.append(Wish(kind, keys, seconds))
@@ -230,3 +291,13 @@ class SchedulerSide:
     def _keys(self, request: Request, count: int) -> list[BlockKey]:
         """Keys of the first blocks; the engine's hashes are chained, and are the keys."""
         return list(request.block_hashes[:count])  # type: ignore[arg-type]
+
+
+def _behind_windows(places: Sequence[int], first: int, end: int) -> int:
+    """The first block from which on all have a place."""
+    if NO_PLACE not in places[first:end]:
+        return first
+    for number in range(end - 1, first - 1, -1):
+        if places[number] == NO_PLACE:
+            return number + 1
+    return first

@@ -23,6 +23,7 @@ COUNTERS: Final = {
     "disk_hit_tokens": "Prompt tokens that were to be loaded from tierkv's disk tier.",
     "declined_tokens": "Stored prompt tokens that are sooner computed than loaded.",
     "failed_blocks": "Blocks that could not be loaded and were computed.",
+    "failed_requests": "Requests that could not be loaded and were computed.",
     "hints": "Hints that requests gave.",
     "loaded_bytes": "Bytes loaded to the engine's cache.",
     "load_seconds": "Time that loads took; loads of a step overlap with computing.",

@@ -19,6 +19,8 @@ class Blocks:
     request: str
     keys: list[BlockKey]
     places: list[int]
+    #: Of the engine's groups of layers, which have blocks of their own.
+    group: int = 0
     #: Whether a part of it is on disk.
     is_cold: bool = False
     #: Loads beside the steps begin with the least.
@@ -47,8 +49,8 @@ class Step:
     number: int = 0
     #: The step waits for these, layer by layer.
     loads: list[Blocks] = field(default_factory=list)
-    #: Their requests wait outside of any step.
-    async_loads: list[Blocks] = field(default_factory=list)
+    #: Their requests wait outside of any step; the blocks of one in all groups belong together.
+    async_loads: list[list[Blocks]] = field(default_factory=list)
     saves: list[Blocks] = field(default_factory=list)
     wishes: list[Wish] = field(default_factory=list)
     #: Chains that the engine still had itself: used, and not loaded.

@@ -1,4 +1,4 @@
-"""The worker's side: moves whole blocks between the engine's cache and this rank's store.
+"""The worker's side: moves whole blocks between the engine's cache and this rank's stores.
 
 Loads are in `loading`. What did not arrive is told by its places and computed again; nothing is
 ever written to a place after it was told, and nothing that was computed on it is saved. Saves are
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import torch
 
 from tierkv.core.errors import GeometryMismatch
-from tierkv.engines.vllm.loading import Loaded, LoadsBeside, StepLoad
+from tierkv.engines.vllm.loading import GroupCache, Loaded, LoadsBeside, StepLoad
 from tierkv.engines.vllm.mirror import Report, changes_of
 from tierkv.engines.vllm.saving import Saver
 from tierkv.engines.vllm.side_stream import SideStream
@@ -31,17 +32,18 @@ _IDLE_S: Final = 5e-3
 #: How much of a rate a new measurement is.
 _NEW: Final = 0.25
 #: Loads and steps of less say nothing of a rate.
-_BLOCKS_MIN: Final = 8
+_BYTES_MIN: Final = 8 << 20
 _TOKENS_MIN: Final = 128
 
 
 class WorkerSide:
     """See the module. Its methods are called by the worker's thread."""
 
-    def __init__(self, store: Store, *, rank: int = 0) -> None:
-        self._store = store
+    def __init__(self, stores: Mapping[Store, Sequence[str] | None], *, rank: int = 0) -> None:
+        """`stores` have the names of their group's layers; None: all."""
+        self._stores = dict(stores)
         self._rank = rank
-        self._layers: list[torch.Tensor] = []
+        self._caches: list[GroupCache] = []
         self._numbers: dict[str, int] = {}
         self._loading: StepLoad | None = None
         self._pool = ThreadPoolExecutor(1, "tierkv-load")
@@ -58,17 +60,15 @@ class WorkerSide:
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """The engine's cache, a tensor for each layer in the order of layers."""
-        self._layers = [bytes_of(name, cache) for name, cache in caches.items()]
+        self._caches = [
+            GroupCache(store, layers_of(store, caches, caches if names is None else names))
+            for store, names in self._stores.items()
+        ]
         self._numbers = {name: number for number, name in enumerate(caches)}
-        plan = self._store.plan
-        wanted = (plan.layers, plan.block_layer_bytes)
-        found = (len(self._layers), self._layers[0].shape[1])
-        if found != wanted:
-            raise GeometryMismatch(f"the engine's cache is {found} layers and bytes, not {wanted}")
-        device = self._layers[0].device
+        device = self._caches[0].layers[0].device
         self._stream = SideStream(device)
-        self._beside = LoadsBeside(self._store, self._layers, SideStream(device))
-        self._saver = Saver(self._store, self._layers)
+        self._beside = LoadsBeside(self._caches, SideStream(device))
+        self._saver = Saver(self._caches, SideStream(device))
 
     def start(self) -> None:
         """A step's time begins."""
@@ -77,15 +77,16 @@ class WorkerSide:
     def begin(self, step: Step) -> None:
         """Start the loads of a step, and those beside it."""
         if step.clears:
-            self._store.clear()
+            for store in self._stores:
+                store.clear()
         if step.loads:
             assert self._stream is not None, "there is no cache yet"
-            self._loading = StepLoad(self._store, self._layers, step.loads, self._stream)
+            self._loading = StepLoad(self._caches[0], step.loads, self._stream)
             self._pool.submit(self._loading.run)
-        for blocks in step.async_loads:
+        for parts in step.async_loads:
             assert self._beside is not None, "there is no cache yet"
-            self._under_way.add(blocks.request)
-            self._beside.submit(blocks)
+            self._under_way.add(parts[0].request)
+            self._beside.submit(parts)
 
     def wait_for_layer(self, name: str) -> None:
         """Return when a layer holds what the step loads, as far as that arrived.
@@ -123,14 +124,16 @@ class WorkerSide:
             if step.saves:
                 self._count("save_seconds", time.perf_counter() - start)
         saver.end_of(step.number, tokens=step.tokens, began=self._began + self._waited)
-        for wish in step.wishes:
-            self._store.hint(_hint(wish))
-        for keys in step.used:
-            self._store.touch(keys)
-        self._store.step()
+        for store in self._stores:
+            for wish in step.wishes:
+                store.hint(_hint(wish))
+            for keys in step.used:
+                store.touch(keys)
+            store.step()
 
-    def arrived(self, step: Step) -> set[str]:
-        """Requests whose loads beside the steps have ended since this was last asked.
+    def arrived(self, step: Step) -> tuple[set[str], set[str]]:
+        """Requests whose loads beside the steps have ended since this was last asked, and of these
+        those that have to be computed: with several groups a request is loaded whole, or not.
 
         A step that computes nothing may wait a little, as nothing else is to be done.
         """
@@ -139,12 +142,16 @@ class WorkerSide:
         wait_s = 0.0 if step.tokens else _IDLE_S
         if not self._under_way:
             self._saver.done(wait_s=wait_s)
-            return set()
+            return set(), set()
         ended = self._beside.arrived(wait_s=wait_s)
-        for blocks, loaded in ended.values():
-            self._note(loaded, is_cold=blocks.is_cold)
+        failed = set()
+        for name, (parts, loaded) in ended.items():
+            if loaded.not_loaded and len(self._caches) > 1:
+                failed.add(name)
+                loaded.not_loaded = []
+            self._note(loaded, is_cold=parts[0].is_cold)
         self._under_way -= ended.keys()
-        return set(ended)
+        return set(ended), failed
 
     def not_loaded(self) -> set[int]:
         """Places that hold nothing, since this was last asked."""
@@ -162,7 +169,7 @@ class WorkerSide:
                 self._measure("prefill", *computed)
         return Report(
             self._rank,
-            changes_of(self._store.changes()),
+            [changes_of(store.changes()) for store in self._stores],
             saved_step,
             self._failed_steps,
             self._rates["memory"],
@@ -171,21 +178,21 @@ class WorkerSide:
         )
 
     def close(self) -> None:
-        """Let what is under way end, and make the store durable."""
+        """Let what is under way end, and make the stores durable."""
         self._pool.shutdown()
         if self._beside is not None and self._saver is not None:
             self._beside.close()
             self._saver.close()
-        self._layers = []
-        self._store.close()
+        self._caches = []
+        for store in self._stores:
+            store.close()
 
     def _note(self, loaded: Loaded, *, is_cold: bool) -> None:
         self._not_loaded.update(loaded.not_loaded)
-        size = loaded.blocks * self._store.plan.block_bytes
-        self._count("loaded_bytes", size)
+        self._count("loaded_bytes", loaded.loaded_bytes)
         self._count("load_seconds", loaded.seconds)
-        if loaded.blocks >= _BLOCKS_MIN:
-            self._measure("disk" if is_cold else "memory", size, loaded.seconds)
+        if loaded.loaded_bytes >= _BYTES_MIN:
+            self._measure("disk" if is_cold else "memory", loaded.loaded_bytes, loaded.seconds)
 
     def _measure(self, name: str, amount: float, seconds: float) -> None:
         rate = amount / max(seconds, 1e-9)
@@ -200,6 +207,18 @@ class WorkerSide:
 def _hint(wish: Wish) -> Hint:
     at_ns = time.monotonic_ns() + int(wish.in_s * 1e9) if wish.in_s else 0
     return Hint(wish.kind, list(wish.keys), at_ns=at_ns)
+
+
+def layers_of(
+    store: Store, caches: Mapping[str, torch.Tensor], names: Iterable[str]
+) -> list[torch.Tensor]:
+    """A group's layers as bytes. GeometryMismatch if they are not what the store is for."""
+    layers = [bytes_of(name, caches[name]) for name in names]
+    wanted = (store.plan.layers, store.plan.block_layer_bytes)
+    found = (len(layers), layers[0].shape[1])
+    if found != wanted:
+        raise GeometryMismatch(f"the engine's cache is {found} layers and bytes, not {wanted}")
+    return layers
 
 
 def bytes_of(name: str, cache: torch.Tensor) -> torch.Tensor:
