@@ -54,7 +54,8 @@ VLLM := .venv-vllm/bin
 vllm: $(READY) .venv-vllm/.ready
 
 engines: vllm
-	TIERKV_ENGINES=1 $(BIN)/python -m pytest --timeout 1500 tests/test_vllm_engine.py $(ARGS)
+	TIERKV_ENGINES=1 $(BIN)/python -m pytest --timeout 1500 \
+		tests/test_vllm_engine.py tests/test_vllm_hooks.py $(ARGS)
 	$(BIN)/python tools/bench_vllm.py
 
 clean:

@@ -59,7 +59,7 @@ class TestVLLM(VLLM, EngineTests):
     def test_preempted_requests_and_a_full_cache_give_the_same_tokens(self, place: Path) -> None:
         """Eight requests of 21 blocks and their answers; the engine has room for four of them."""
         turns = [[self.ask(n % 3, n, count=64) for n in range(8)]] * 2
-        settings = {"num_gpu_blocks_override": 95}
+        settings = {"num_gpu_blocks_override": 95, "max_model_len": 2048}
         said = self.check(place, self.life(place, *turns, host="96MiB", settings=settings))
         assert said.counters["vllm:external_prefix_cache_hits"] > 0
 

@@ -306,13 +306,13 @@ def model(tmp_path: Path) -> Path:
 
 def test_changed_weights_are_another_model_and_a_copy_is_the_same(model: Path) -> None:
     config = vllm_config(model).model_config
-    before = opening.weights_identity(config)
+    before = opening.weights_of(config)
     (model / "README.md").write_text("words are no weights")
-    assert opening.weights_identity(config) == before
+    assert opening.weights_of(config) == before
     data = bytearray((model / "model.safetensors").read_bytes())
     data[2500] ^= 1
     (model / "model.safetensors").write_bytes(data)
-    assert opening.weights_identity(config) != before
+    assert opening.weights_of(config) != before
 
 
 def test_mistakes_in_the_connectors_options_are_named_with_the_cure(model: Path) -> None:

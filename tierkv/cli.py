@@ -12,7 +12,7 @@ import secrets
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 from rich.console import Console
@@ -25,8 +25,12 @@ from tierkv.config_report import PlanRow, SettingRow, plan_rows, setting_rows
 from tierkv.config_yaml import ConfigFileError
 from tierkv.core.errors import ConfigError, TierKVError
 from tierkv.core.models import model_geometry
-from tierkv.doctor import State, examine
+from tierkv.core.registry import known_name
+from tierkv.doctor import Finding, State, examine
 from tierkv.upkeep import DrillKind
+
+if TYPE_CHECKING:
+    from tierkv.setups.base import EngineSetup
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -50,6 +54,11 @@ KeyFile: TypeAlias = Annotated[
     typer.Option("--key-file", metavar="FILE", help="tiers.cold.key_file of a protected one."),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+EngineName: TypeAlias = Annotated[
+    str, typer.Option(metavar="NAME", help="vllm, sglang, lmcache or transformers.")
+]
+
+_COLD_DIRECTORY: Final = Path("~/.cache/tierkv/cold")
 
 
 def main() -> None:
@@ -122,15 +131,75 @@ def config_schema() -> None:
 
 
 @app.command()
+def init(
+    *,
+    engine: EngineName,
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="Checkpoint directory, hub id, or known shape.")
+    ],
+    dram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Host memory; half of what is free.")
+    ] = None,
+    nvme: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Disk; half of what is free. 0: none.")
+    ] = None,
+    hbm: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Device memory; for transformers only.")
+    ] = None,
+    directory: Annotated[Path, typer.Option(help="Where the disk's part lives.")] = Path("kv"),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("tierkv.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+) -> None:
+    """Write a configuration for ENGINE and MODEL on this machine; print how to start the engine.
+
+    What is printed can be pasted into a shell (transformers: is a Python program); warnings go to
+    stderr.
+    """
+    from tierkv.setups.models import model_facts
+    from tierkv.setups.writing import Sizes, prepare, write
+
+    setup, facts = _setup(engine), model_facts(model)
+    sizes = Sizes(dram, nvme, hbm)
+    written = prepare(setup, facts, sizes, directory=directory, out=out)
+    write(out, written.text, force=force)
+    for warning in written.warnings:
+        _complain(f"warning: {warning}")
+    _complain(f"{out}: written; see `tierkv doctor --engine {engine} --config {out}`")
+    typer.echo("\n".join(written.lines))
+
+
+@app.command()
 def doctor(
     *,
     directory: Annotated[
-        Path, typer.Option(help="Where the cold tier would live; probed if it exists.")
-    ] = Path("~/.cache/tierkv/cold"),
+        Path | None,
+        typer.Option(help=f"Where the cold tier would live ({_COLD_DIRECTORY}); probed if there."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Also what would keep this engine from working."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Look at what this configuration asks for.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="With --engine: the model, as for init.")
+    ] = None,
+    arguments: Annotated[
+        str, typer.Option(metavar="TEXT", help="With --engine: what it is started with.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Say what this machine can do, and the cure for what it cannot."""
-    findings = examine(directory)
+    asked = None if config is None else read_config(config).value
+    if engine is None and (model is not None or arguments):
+        raise ConfigError("--model and --arguments say something of an engine; add --engine NAME")
+    findings = []
+    if engine is not None:
+        findings = _engine_findings(engine, asked, directory, model, arguments)
+    if directory is None:
+        directory = _COLD_DIRECTORY if asked is None else asked.tiers.cold.directory
+    findings = examine(directory) + findings
     if as_json:
         typer.echo(json.dumps([finding.as_dict() for finding in findings], indent=2))
     else:
@@ -250,6 +319,29 @@ def keygen(file: Annotated[Path, typer.Argument(metavar="FILE", help="Made, mode
 
     make_key(file)
     typer.echo(f"{file}: a new key; what is written with it is lost if it is")
+
+
+def _setup(engine: str) -> EngineSetup:
+    from tierkv.setups import SETUPS
+
+    try:
+        setup: EngineSetup = SETUPS.load(known_name(engine, SETUPS))()
+    except ValueError as error:
+        raise ConfigError(f"--engine: {error}") from None
+    return setup
+
+
+def _engine_findings(
+    engine: str, config: Config | None, directory: Path | None, model: str | None, arguments: str
+) -> list[Finding]:
+    from tierkv.setups.base import Asked, options_of
+    from tierkv.setups.models import model_facts
+
+    setup, facts = _setup(engine), None if model is None else model_facts(model)
+    asked = Asked(config or Config(), facts, options_of(arguments))
+    if directory is not None:
+        asked = asked.in_directory(directory)
+    return list(setup.findings(asked))
 
 
 def _show_json(

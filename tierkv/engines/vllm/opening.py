@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import xxhash
-from pydantic import ValidationError
-
-from tierkv.config import Config, load_config
+from tierkv.config import Config
 from tierkv.core.errors import ConfigError, GeometryMismatch
 from tierkv.core.geometry import Form, KVGeometry, Layout
+from tierkv.engines.options import config_of as options_config
+from tierkv.engines.weights import weights_identity
 from tierkv.store import Store
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-
-#: What `kv_connector_extra_config` may hold.
-_OPTIONS: Final = ("config", "host", "cold", "directory")
-#: Weights up to this size are read whole to know them; of larger files parts are.
-_WHOLE_BYTES: Final = 1 << 30
-_PART_BYTES: Final = 1 << 20
 
 
 def check_served(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -88,30 +81,12 @@ def _group_bytes(group: KVCacheGroupSpec) -> int:
 
 
 def config_of(options: Mapping[str, Any], vllm_config: VllmConfig) -> Config:
-    """The configuration in `kv_connector_extra_config`: a file's, or a few capacities."""
-    unknown = sorted(set(options) - set(_OPTIONS))
-    if unknown:
-        raise ConfigError(
-            f"kv_connector_extra_config: unknown {', '.join(unknown)}; known: {', '.join(_OPTIONS)}"
-        )
-    if "config" in options:
-        config = load_config(options["config"])
-    else:
-        tiers: dict[str, Any] = {
-            "device": {"capacity": 0, "device": "cpu"},
-            "host": {"capacity": options.get("host", "4GiB")},
-        }
-        if "directory" in options:
-            cold = {"capacity": options.get("cold", "64GiB"), "directory": options["directory"]}
-            tiers["cold"] = cold
-        try:
-            config = Config.model_validate({"tiers": tiers})
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"kv_connector_extra_config: {place}: {first['msg']}") from None
-    size = vllm_config.cache_config.block_size
-    config = config.model_copy(update={"block_tokens": size})
+    """The configuration in `kv_connector_extra_config`, and this rank's share of it."""
+    config = options_config(
+        options,
+        place="kv_connector_extra_config",
+        block_tokens=vllm_config.cache_config.block_size,
+    )
     return _share_of(config, vllm_config)
 
 
@@ -166,45 +141,33 @@ def layout_of(vllm_config: VllmConfig, group: KVCacheGroupSpec, config: Config) 
         geometry=geometry,
         block_tokens=spec.block_size,
         model=str(model.model).rstrip("/").rpartition("/")[2],
-        revision=weights_identity(model),
+        revision=weights_of(model),
         engine_layout=json.dumps(kind, sort_keys=True),
         targets=config.pages.targets,
     )
 
 
-def weights_identity(model: ModelConfig) -> str:
+def weights_of(model: ModelConfig) -> str:
     """What tells a checkpoint from another: its commit, or a hash over its files."""
     commit = getattr(model.hf_config, "_commit_hash", None)
     place = Path(model.model)
     if not place.is_dir():
         return f"{model.revision} {commit}"
-    hasher = xxhash.xxh3_128(str(model.quantization).encode())
-    for path in sorted(place.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".pt", ".gguf") or path.name == "config.json":
-            hasher.update(f"{path.name} {path.stat().st_size}\n".encode())
-            for part in _parts(path):
-                hasher.update(part)
-    return hasher.hexdigest()
-
-
-def _parts(path: Path) -> Iterator[bytes]:
-    """A file, or of a large one its time of change and pieces from all over."""
-    status = path.stat()
-    with path.open("rb") as file:
-        if status.st_size <= _WHOLE_BYTES:
-            while part := file.read(16 * _PART_BYTES):
-                yield part
-            return
-        yield str(status.st_mtime_ns).encode()
-        for number in range(64):
-            file.seek(number * (status.st_size - _PART_BYTES) // 63)
-            yield file.read(_PART_BYTES)
+    return weights_identity(place, more=str(model.quantization))
 
 
 def _version() -> str:
     import vllm
 
     return str(vllm.__version__)
+
+
+def host_identity() -> dict[str, str | None]:
+    """What of this installation a block's bytes depend on."""
+    from vllm.platforms import current_platform
+
+    device = str(current_platform.device_type)
+    return {"vllm": _version(), "device": device, "cpu": _cpu() if device == "cpu" else None}
 
 
 def _cpu() -> str:
