@@ -25,9 +25,11 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # An engine is installed beside the project, by `make engines`, which asks for them.
-collect_ignore = (
-    [] if os.environ.get("TIERKV_ENGINES") else ["test_vllm_engine.py", "test_vllm_hooks.py"]
-)
+_ENGINES = [
+    *("test_lmcache_adapter.py", "test_sglang_engine.py", "test_sglang_storage.py"),
+    *("test_vllm_engine.py", "test_vllm_hooks.py"),
+]
+collect_ignore = [] if os.environ.get("TIERKV_ENGINES") else _ENGINES
 
 settings.load_profile("ci" if os.environ.get("CI") else "tierkv")
 

@@ -49,11 +49,18 @@ def config_of(
     return config.model_copy(update={"block_tokens": block_tokens})
 
 
-def part_of(config: Config, share: float, *, log: bool) -> Config:
-    """A configuration with a share of the capacities; `log`: with the event log too."""
+def part_of(config: Config, share: float, *, least_bytes: int, has_log: bool) -> Config:
+    """A configuration with a share of the capacities, but not less than `least_bytes` of each.
+
+    A tier that is off stays off. The event log is of one store: see that one part has it.
+    """
     tiers = config.tiers
-    host = tiers.host.model_copy(update={"capacity": int(tiers.host.capacity * share)})
-    cold = tiers.cold.model_copy(update={"capacity": int(tiers.cold.capacity * share)})
+    host, cold = (
+        tier.model_copy(
+            update={"capacity": tier.capacity and max(least_bytes, int(tier.capacity * share))}
+        )
+        for tier in (tiers.host, tiers.cold)
+    )
     parts = tiers.model_copy(update={"host": host, "cold": cold})
-    event_log = config.event_log if log else None
+    event_log = config.event_log if has_log else None
     return config.model_copy(update={"tiers": parts, "event_log": event_log})

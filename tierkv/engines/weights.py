@@ -12,10 +12,11 @@ import xxhash
 _WHOLE_BYTES: Final = 1 << 30
 _PART_BYTES: Final = 1 << 20
 _SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".gguf")
+_CONFIGS: Final = ("config.json", "adapter_config.json")
 
 
 def weights_identity(place: Path, *, more: str = "") -> str:
-    """A hash over a checkpoint's files: its weights and its `config.json`.
+    """A hash over a checkpoint's files: its weights and its configuration.
 
     `place` is the directory, or a single file; `more` goes into the hash, as how the engine
     quantises what it loads. Raises OSError for what cannot be read.
@@ -23,7 +24,7 @@ def weights_identity(place: Path, *, more: str = "") -> str:
     hasher = xxhash.xxh3_128(more.encode())
     files = [place] if place.is_file() else sorted(place.iterdir())
     for path in files:
-        if path == place or path.suffix in _SUFFIXES or path.name == "config.json":
+        if path == place or path.suffix in _SUFFIXES or path.name in _CONFIGS:
             hasher.update(f"{path.name} {path.stat().st_size}\n".encode())
             for part in _parts(path):
                 hasher.update(part)

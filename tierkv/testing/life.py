@@ -39,7 +39,7 @@ class Trouble(StrEnum):
     READS_FLIP = "reads_flip"
     #: Every other write to the disk is an error.
     WRITES_FAIL = "writes_fail"
-    #: The disk has no room from the start.
+    #: The disk has no room for KV bytes from the start.
     DISK_FULL = "disk_full"
     #: Every third copy into host memory finds no memory.
     HOST_FAILS = "host_fails"
@@ -115,6 +115,8 @@ def troubled(trouble: Trouble | None) -> AbstractContextManager[object]:
     if trouble is None:
         return nullcontext()
     stack = ExitStack()
+    # A store tries a directory out before it is used; it would take another file engine then.
+    stack.enter_context(patch.object(DirectFiles, "_write_and_read_back", lambda *_: None))
     if trouble is Trouble.HOST_FAILS:
         memory = _Failing(HostTier.write, every=3, error=MemoryError())
         stack.enter_context(patch.object(HostTier, "write", memory.call))
@@ -122,7 +124,12 @@ def troubled(trouble: Trouble | None) -> AbstractContextManager[object]:
         is_full = trouble is Trouble.DISK_FULL
         error = OSError(errno.ENOSPC, "no space left") if is_full else OSError(errno.EIO, _BAD)
         for name in ("write", "preallocate") if is_full else ("write",):
-            failing = _Failing(getattr(DirectFiles, name), every=1 if is_full else 2, error=error)
+            real = getattr(DirectFiles, name)
+            failing = (
+                _Failing(real, every=1, error=error, least_bytes=_SMALL_BYTES + 1)
+                if is_full
+                else _Failing(real, every=2, error=error)
+            )
             stack.enter_context(patch.object(DirectFiles, name, failing.call))
     else:
         reads = _WrongReads(DirectFiles.read, trouble)
@@ -133,13 +140,15 @@ def troubled(trouble: Trouble | None) -> AbstractContextManager[object]:
 
 
 class _Failing:
-    """A method of which each so-manieth call is an error."""
+    """A method of which each so-manieth call is an error; none of fewer bytes than the least."""
 
-    def __init__(self, real: Callable[..., None], *, every: int, error: Exception) -> None:
+    def __init__(
+        self, real: Callable[..., None], *, every: int, error: Exception, least_bytes: int = 0
+    ) -> None:
         self._calls = itertools.count(1)
 
         def call(owner: object, *arguments: object) -> None:
-            if not next(self._calls) % every:
+            if _size(arguments[-1]) >= least_bytes and not next(self._calls) % every:
                 raise error
             real(owner, *arguments)
 
@@ -163,6 +172,13 @@ class _WrongReads:
                 _flip(buffers, every=256 if trouble is Trouble.BELIEVED else 1 << 20)
 
         self.call = call
+
+
+def _size(what: object) -> int:
+    """Bytes that a call is about: its last argument is their number, or has them."""
+    if isinstance(what, int):
+        return what
+    return sum(map(len, what)) if isinstance(what, Sequence) else 0
 
 
 def _flip(buffers: Sequence[Buffer], *, every: int) -> None:
