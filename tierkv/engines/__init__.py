@@ -8,6 +8,7 @@ from tierkv.core.registry import Registry
 ENGINES = Registry(
     "engines",
     {
+        "lmcache": "tierkv.engines.lmcache.adapter:TierKVL2Adapter",
         "sglang": "tierkv.engines.sglang:TierKVStorage",
         "transformers": "tierkv.engines.transformers:TieredCache",
         "vllm": "tierkv.engines.vllm.connector:TierKVConnector",

@@ -25,8 +25,9 @@ import msgspec
 
 from tierkv.tiers.files.base import Buffer
 
-#: Metadata is read in smaller pieces than this, KV bytes in larger ones.
-_SMALL_BYTES: Final = 8192
+#: Metadata, and what a file engine is tried with, are read in pieces of at most this; KV bytes in
+#: larger ones. An engine that is troubled when it is tried would not be chosen.
+_SMALL_BYTES: Final = 16384
 _BAD: Final = "a bad sector"
 
 
