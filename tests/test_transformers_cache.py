@@ -233,8 +233,8 @@ def test_beams_share_the_reused_prefix(model: transformers.PreTrainedModel, stor
         out, cache = answer(model, ids, store, num_beams=3)
         assert cache.report.reused_tokens == reused
         assert torch.equal(out, expected)
-    with pytest.raises(ValueError, match="one sequence"):
-        cache.commit(out)
+    cache.commit(out)
+    assert TieredCache.open(model, out, store=store).report.reused_tokens == 112
 
 
 def test_a_cache_goes_on_into_a_second_generate_like_any_other(
@@ -434,18 +434,22 @@ def test_a_reset_cache_computes_everything_again(
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.ones((2, 20), dtype=torch.long), "one prompt"),
+        (torch.ones((1, 2, 20), dtype=torch.long), "rows, columns"),
         (
-            {"input_ids": prompt(20), "attention_mask": torch.arange(20)[None].clamp(max=1)},
-            "padded",
+            {
+                "input_ids": prompt(20),
+                "attention_mask": torch.arange(20)[None].flip(1).clamp(max=1),
+            },
+            "on its left",
         ),
+        ({"input_ids": prompt(20), "attention_mask": torch.zeros(1, 20)}, "masked"),
         ({"input_ids": prompt(20), "pixel_values": torch.zeros(1)}, "pixel_values"),
         ({"inputs_embeds": torch.zeros(1, 4, 64)}, "input_ids"),
         (torch.ones((1, 0), dtype=torch.long), "empty"),
         (torch.full((1, 20), VOCABULARY), "outside"),
         (torch.ones((1, 385), dtype=torch.long), "context"),
     ],
-    ids=["batch", "padding", "image", "no-ids", "empty", "vocabulary", "too-long"],
+    ids=["nested", "padding", "nothing", "image", "no-ids", "empty", "vocabulary", "too-long"],
 )
 def test_inputs_that_are_not_one_plain_prompt_are_refused(
     model: transformers.PreTrainedModel, store: Store, inputs: object, message: str
@@ -458,10 +462,12 @@ def test_inputs_that_are_not_one_plain_prompt_are_refused(
     ("make", "message"),
     [
         (
-            lambda: transformers.MistralForCausalLM(
-                transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=64)
+            lambda: transformers.Lfm2ForCausalLM(
+                transformers.Lfm2Config(
+                    **SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"]
+                )
             ),
-            "sliding",
+            "linear",
         ),
         (
             lambda: tiny_model(
@@ -478,7 +484,7 @@ def test_inputs_that_are_not_one_plain_prompt_are_refused(
             "encoder-decoder",
         ),
     ],
-    ids=["sliding-window", "dynamic-rope", "encoder-decoder"],
+    ids=["convolutions", "dynamic-rope", "encoder-decoder"],
 )
 def test_models_whose_cache_is_another_kind_are_refused(
     make: Callable[[], object], message: str

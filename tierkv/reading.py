@@ -14,6 +14,7 @@ from typing import Self
 
 import numpy as np
 
+from tierkv.core.errors import StoreClosed
 from tierkv.core.keys import BlockKey
 from tierkv.core.tier import TierId
 from tierkv.memory import Bytes, Memory, Rows
@@ -119,6 +120,11 @@ class Reader:
                 if held is not None:
                     runtime.handle(ev.Release(held.lease))
 
+    def require_open(self) -> None:
+        """Raise StoreClosed where memory that was leased is gone."""
+        if self._runtime.is_closed:
+            raise StoreClosed("the store was closed while its blocks were leased")
+
     def _acquire(self, match: Match, first: int, count: int, *, whole: bool = False) -> Held:
         runtime = self._runtime
         wanted = count if whole else min(count, self._window)
@@ -180,15 +186,18 @@ class Lease:
         self.release()
 
     def read(self, out: Rows) -> int:
-        """Copy the leased blocks to ``out[:, :blocks]``; gives how many."""
+        """Copy the leased blocks to ``out[:, :blocks]``; gives how many. Raises as `layer`."""
+        self._reader.require_open()
         memory = self._reader.memory
         return memory.copy_out(self._parts, memory.rows_of(out))
 
     def layer(self, number: int) -> list[Bytes]:
         """One layer of the leased blocks, in order, as arrays (blocks, block_layer_bytes).
 
-        Blocks in host memory come as views without a copy, one per run; others are copied.
+        Blocks in host memory come as views without a copy, one per run; others are copied. Raises
+        StoreClosed where the store was closed before the lease was left.
         """
+        self._reader.require_open()
         memory = self._reader.memory
         plan, pages = memory.plan, memory.host.blocks
         views: list[Bytes] = []

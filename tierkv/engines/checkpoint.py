@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from tierkv.core.errors import GeometryMismatch
-from tierkv.core.geometry import KVGeometry, Layout, PageTargets
+from tierkv.core.geometry import Form, KVGeometry, Layout, PageTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,13 +41,14 @@ _SAMPLE_ELEMENTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Digest:
+class _Known:
     stamp: bytes
     digest: str
+    geometry: KVGeometry
 
 
-#: Digests of the models of this process; an entry goes with its model.
-_digests: WeakKeyDictionary[torch.nn.Module, _Digest] = WeakKeyDictionary()
+#: The models of this process; an entry goes with its model.
+_models: WeakKeyDictionary[torch.nn.Module, _Known] = WeakKeyDictionary()
 
 
 def layout_of(
@@ -55,29 +56,34 @@ def layout_of(
 ) -> Layout:
     """The layout of the KV cache of a loaded model.
 
-    Raises GeometryMismatch for a model whose cache is not plain K and V of every token: sliding
-    windows, linear attention, latent (MLA), encoder-decoder, or a RoPE that depends on length.
+    K and V are of every token in every layer, those with a sliding window too; where the model
+    caches latents (MLA), a latent is. Raises GeometryMismatch for other kinds of cache: linear
+    attention, indexed, shared or unlike layers, encoder-decoder, or a RoPE that depends on length.
     """
-    config = model.config.get_text_config(decoder=True)
     _refuse_unsupported(model.config)
-    query_heads = config.num_attention_heads
-    # Falcon and GPT-BigCode say `multi_query` where others give the number of KV heads.
-    multi_query = bool(getattr(config, "multi_query", False))
-    kv_heads = getattr(config, "num_key_value_heads", None) or (1 if multi_query else query_heads)
-    geometry = KVGeometry(
-        layers=config.num_hidden_layers,
-        kv_heads=kv_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-    name = str(getattr(model.config, "_name_or_path", "") or config.model_type)
+    known = _known(model)
+    name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)
     return Layout(
-        geometry=geometry,
+        geometry=known.geometry,
         block_tokens=block_tokens,
         model=name.rstrip("/").rpartition("/")[2],
-        revision=model_digest(model),
+        revision=known.digest,
         targets=targets or PageTargets(),
     )
+
+
+def rotated_dim(config: PreTrainedConfig, geometry: KVGeometry) -> int:
+    """Elements at the end of a latent that transformers caches as its V; 0 without latents."""
+    is_latent = geometry.form is Form.LATENT
+    return int(config.get_text_config(decoder=True).qk_rope_head_dim) if is_latent else 0
+
+
+def windows_of(config: PreTrainedConfig) -> list[int | None]:
+    """Tokens that a query sees, by layer; None where it is all before it."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    _types, settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return [setting.get("sliding_window") for setting in settings]
 
 
 def model_digest(model: PreTrainedModel) -> str:
@@ -85,38 +91,70 @@ def model_digest(model: PreTrainedModel) -> str:
 
     Raises GeometryMismatch if weights are not in memory (the `meta` device).
     """
+    return _known(model).digest
+
+
+def _known(model: PreTrainedModel) -> _Known:
+    """What is known of a model, found again where its weights have changed."""
     stamp = _stamp(model)
-    known = _digests.get(model)
+    known = _models.get(model)
     if known is None or known.stamp != stamp:
         hasher = xxhash.xxh3_128(_config_bytes(model.config))
         for name, tensor in _tensors(model):
             hasher.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             flat = tensor.contiguous().reshape(-1).view(torch.uint8)
             hasher.update(flat.cpu().numpy().data)
-        known = _digests[model] = _Digest(stamp, hasher.hexdigest())
-    return known.digest
+        known = _models[model] = _Known(stamp, hasher.hexdigest(), _geometry(model))
+    return known
+
+
+def _geometry(model: PreTrainedModel) -> KVGeometry:
+    """The shape of what the model caches for a token, found by giving it one.
+
+    Raises GeometryMismatch where layers cache unlike things.
+    """
+    from transformers import DynamicCache
+
+    config = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    shapes = [
+        (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[1], layer.values.shape[3],
+         str(layer.keys.dtype).removeprefix("torch."))
+        for layer in cache.layers
+    ]  # fmt: skip
+    if len(set(shapes)) > 1 or shapes[0][0] != shapes[0][2]:
+        raise GeometryMismatch(
+            f"{config.model_type}: layers cache (heads, K, heads, V, dtype) {sorted(set(shapes))};"
+            " TieredCache needs one shape in all of them"
+        )
+    heads, key_dim, _heads, value_dim, dtype = shapes[0]
+    latent = (1, getattr(config, "kv_lora_rank", None), getattr(config, "qk_rope_head_dim", None))
+    if (heads, key_dim, value_dim) == latent:
+        return KVGeometry(len(shapes), 1, key_dim + value_dim, dtype=dtype, form=Form.LATENT)
+    return KVGeometry(len(shapes), heads, key_dim, dtype=dtype, value_dim=value_dim)
 
 
 def _refuse_unsupported(config: PreTrainedConfig) -> None:
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     def refuse(what: str) -> GeometryMismatch:
         return GeometryMismatch(
-            f"{config.model_type}: {what}; TieredCache keeps plain K and V of every token and"
-            " supports MHA, GQA and MQA models with full attention in every layer"
+            f"{config.model_type}: {what}; TieredCache supports models that cache K and V, or"
+            " latents, of every token: MHA, GQA, MQA and MLA, with full or sliding attention"
         )
 
     if config.is_encoder_decoder:
         raise refuse("this is an encoder-decoder model")
     text = config.get_text_config(decoder=True)
-    if getattr(text, "kv_lora_rank", None):
-        raise refuse("this model has latent attention (MLA)")
     # What the engine itself would build for this model says which kind each layer is.
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if kinds - {DynamicLayer}:
-        names = sorted(kind.__name__ for kind in kinds - {DynamicLayer})
-        raise refuse(f"some layers are of another kind (sliding window, linear, shared): {names}")
+    if others := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+        names = sorted(kind.__name__ for kind in others)
+        raise refuse(f"some layers are of another kind (linear, indexed, shared): {names}")
     ropes = _rope_types(getattr(text, "rope_parameters", None)) & _LENGTH_DEPENDENT_ROPE
     if ropes:
         raise refuse(f"its RoPE ({', '.join(ropes)}) rotates a prefix differently as prompts grow")

@@ -28,14 +28,20 @@ class PrefillCost:
     skips_future: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel, geometry: KVGeometry) -> Self:
-        """From the weights and the attention implementation. Experts count as if all were used."""
+    def of(cls, model: PreTrainedModel, geometry: KVGeometry, *, is_masked: bool = False) -> Self:
+        """From the weights and the attention implementation. Experts count as if all were used.
+
+        `is_masked`: the prompt is padded, so it gets a mask in any case.
+        """
         embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
         ends = {id(end.weight) for end in embeddings if end is not None}
         weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends)
         config = model.config.get_text_config(decoder=True)
-        pair_ops = 4 * geometry.layers * config.num_attention_heads * geometry.head_dim
-        return cls(2 * weights, pair_ops, model.config._attn_implementation == "sdpa")
+        # A latent is expanded to K of this size before attention.
+        head_dim = getattr(config, "qk_head_dim", None) or geometry.head_dim
+        pair_ops = 4 * geometry.layers * config.num_attention_heads * head_dim
+        skips_future = model.config._attn_implementation == "sdpa" and not is_masked
+        return cls(2 * weights, pair_ops, skips_future)
 
     def spares(self, prompt_tokens: int, loaded_tokens: int) -> bool:
         """Whether computing what lies behind a loaded prefix is less work than the whole prompt."""

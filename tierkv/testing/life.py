@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -38,7 +40,7 @@ class Trouble(StrEnum):
     READS_FAIL = "reads_fail"
     #: Every other read of KV bytes has a bit wrong.
     READS_FLIP = "reads_flip"
-    #: Every other write to the disk is an error.
+    #: Every other write of KV bytes to the disk is an error.
     WRITES_FAIL = "writes_fail"
     #: The disk has no room for KV bytes from the start.
     DISK_FULL = "disk_full"
@@ -126,11 +128,8 @@ def troubled(trouble: Trouble | None) -> AbstractContextManager[object]:
         error = OSError(errno.ENOSPC, "no space left") if is_full else OSError(errno.EIO, _BAD)
         for name in ("write", "preallocate") if is_full else ("write",):
             real = getattr(DirectFiles, name)
-            failing = (
-                _Failing(real, every=1, error=error, least_bytes=_SMALL_BYTES + 1)
-                if is_full
-                else _Failing(real, every=2, error=error)
-            )
+            every = 1 if is_full else 2
+            failing = _Failing(real, every=every, error=error, least_bytes=_SMALL_BYTES + 1)
             stack.enter_context(patch.object(DirectFiles, name, failing.call))
     else:
         reads = _WrongReads(DirectFiles.read, trouble)
@@ -186,5 +185,18 @@ def _flip(buffers: Sequence[Buffer], *, every: int) -> None:
     """Turn a bit over in one of every so many bytes."""
     for buffer in buffers:
         view = memoryview(buffer).cast("B")
-        for at in range(every // 2, len(view), every):
+        # The last byte of an element of any dtype: of the first, a float32 would hardly change.
+        for at in range(min(every, len(view)) // 2 | 7, len(view), every):
             view[at] ^= 0x40
+
+
+def in_a_fork(program: str, arguments: Sequence[str], log: str) -> None:
+    """Run a program that lives lives in this process, which is a fork made for it.
+
+    So the lives of an engine that is imported need not import it each. `log` gets what it says.
+    """
+    with Path(log).open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")
