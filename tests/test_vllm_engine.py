@@ -30,6 +30,7 @@ class VLLM(EngineDriver):
     """How vLLM is run here. A document and its answer are 21 blocks of 1.4 MiB."""
 
     small_host: ClassVar[str] = "48MiB"
+    durable_bytes: ClassVar[int] = 70 << 20
     settings: ClassVar[dict[str, Any]] = {"skip_tokenizer_init": True}
 
     @property

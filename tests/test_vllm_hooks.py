@@ -15,9 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tierkv.demo.model import checkpoint
+from tierkv.testing.life import Ask, Life, Said
 
 pytestmark = pytest.mark.engine
 
@@ -71,7 +73,11 @@ def cold(directory: Path, **more: object) -> dict[str, object]:
 
 def life(place: Path, model: str, turns: list[list[Prompt]], **order: object) -> tuple[int, Answer]:
     """One engine: how it ended, and what it said."""
-    (place / "order.json").write_text(json.dumps({"model": model, "turns": turns, **order}))
+    settings = {"model": model, "skip_tokenizer_init": True, **order.get("settings", {})}  # type: ignore[dict-item]
+    if order.get("connector"):
+        settings["kv_transfer_config"] = order["connector"]
+    asks = [[Ask(tokens=one["tokens"], count=one["count"]) for one in turn] for turn in turns]
+    (place / "order.json").write_bytes(msgspec.json.encode(Life(turns=asks, settings=settings)))
     (place / "answer.json").unlink(missing_ok=True)
     with (place / "log").open("w") as log:
         code = subprocess.run(
@@ -79,8 +85,10 @@ def life(place: Path, model: str, turns: list[list[Prompt]], **order: object) ->
             stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)},
             timeout=600, check=False,
         ).returncode  # fmt: skip
-    answer: Answer = json.loads((place / "answer.json").read_text()) if code == 0 else {}
-    return code, answer
+    if code:
+        return code, {}
+    said = msgspec.json.decode((place / "answer.json").read_bytes(), type=Said)
+    return code, {"turns": said.turns, "counters": said.counters}
 
 
 def run(place: Path, model: str, turns: list[list[Prompt]], **order: object) -> Answer:
@@ -90,11 +98,11 @@ def run(place: Path, model: str, turns: list[list[Prompt]], **order: object) -> 
 
 
 def tokens_of(answer: Answer) -> list[list[list[int]]]:
-    return [[one["tokens"] for one in turn["said"]] for turn in answer["turns"]]
+    return [[one.tokens for one in turn] for turn in answer["turns"]]
 
 
 def cached_of(answer: Answer) -> list[list[int]]:
-    return [[one["cached"] for one in turn["said"]] for turn in answer["turns"]]
+    return [[one.reused for one in turn] for turn in answer["turns"]]
 
 
 #: A document, two others that push it out of 12 chunks, and it again with another question.
