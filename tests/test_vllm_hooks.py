@@ -73,7 +73,8 @@ def cold(directory: Path, **more: object) -> dict[str, object]:
 
 def life(place: Path, model: str, turns: list[list[Prompt]], **order: object) -> tuple[int, Answer]:
     """One engine: how it ended, and what it said."""
-    settings = {"model": model, "skip_tokenizer_init": True, **order.get("settings", {})}  # type: ignore[dict-item]
+    more: Any = order.get("settings", {})
+    settings = {"model": model, "skip_tokenizer_init": True, **more}
     if order.get("connector"):
         settings["kv_transfer_config"] = order["connector"]
     asks = [[Ask(tokens=one["tokens"], count=one["count"]) for one in turn] for turn in turns]

@@ -130,6 +130,7 @@ def test_what_one_request_computed_another_loads_bit_for_bit(engine: Engine) -> 
     assert engine.scheduler.matched(first, 0) == (0, False)
     assert engine.compute(first, list(range(1, 9)), first.num_tokens) == set()
     assert engine.saved_blocks == 8
+    assert engine.worker.counters["saved_bytes"] == 8 * LAYERS * BLOCK_BYTES
 
     second = Request("b", 8 * BLOCK + 3)
     assert engine.scheduler.matched(second, 0) == (8 * BLOCK, False)
@@ -144,6 +145,19 @@ def test_one_token_is_left_to_compute_and_what_the_engine_has_is_not_loaded(engi
     assert engine.scheduler.matched(Request("b", 8 * BLOCK), 5 * BLOCK) == (2 * BLOCK, False)
     assert engine.scheduler.matched(Request("b", 8 * BLOCK), 7 * BLOCK) == (0, False)
     assert engine.scheduler.matched(Request("c", 3), 0) == (0, False)
+
+
+def test_what_lies_behind_blocks_that_the_engine_has_is_loaded_behind_them(engine: Engine) -> None:
+    """When a request gets its blocks, vLLM has not noted in it yet how many it had itself."""
+    engine.compute(Request("a", 8 * BLOCK + 1), list(range(1, 10)), 8 * BLOCK + 1)
+    before = engine.cache.clone()
+    request = Request("b", 8 * BLOCK + 1)
+    matched, _ = engine.scheduler.matched(request, 3 * BLOCK)
+    assert matched == 5 * BLOCK
+    engine.scheduler.allocated(request, [[1, 2, 3, 20, 21, 22, 23, 24, 25]], matched)
+    assert engine.step() == set()
+    assert torch.equal(engine.cache[:, 20:25], before[:, 4:9])
+    assert torch.equal(engine.cache[:, :20], before[:, :20])
 
 
 def test_a_block_is_saved_when_all_its_tokens_are_computed(engine: Engine) -> None:

@@ -63,7 +63,7 @@ class Saver:
         #: Tokens that a step computed and the seconds that it took, of the last that saved any.
         self.computed: tuple[int, float] | None = None
         self.seconds = 0.0
-        self.saved_blocks = 0
+        self.saved_blocks = self.saved_bytes = 0
         self._thread = threading.Thread(target=self._run, name="tierkv-save", daemon=True)
         self._thread.start()
 
@@ -139,9 +139,9 @@ class Saver:
             try:
                 part.copied.wait()  # what it waits for is what the step computes
                 computed_at = computed_at or time.perf_counter()
-                self.saved_blocks += part.store.put_keys(
-                    part.keys, part.rows, first_block=part.first
-                )
+                saved = part.store.put_keys(part.keys, part.rows, first_block=part.first)
+                self.saved_blocks += saved
+                self.saved_bytes += saved * part.store.plan.block_bytes
             except Exception:  # whatever it was, it is no reason to stop an engine
                 logger.exception("not saved request=%s", part.request)
             self.seconds += time.perf_counter() - start

@@ -65,7 +65,9 @@ class _Tracked:
     saved: int = 0
     #: Whether `places` are as vLLM told, or windows may have left some behind since.
     is_known: bool = True
-    #: The tiers of what was found last, beyond what the engine has.
+    #: Blocks that the engine had itself when it last asked. vLLM's request does not say so yet.
+    first: int = 0
+    #: The tiers of what was found then, beyond these.
     tiers: list[int] = field(default_factory=list)
     #: Whether vLLM was told that it is loaded beside the steps, and waits for that.
     is_beside: bool = False
@@ -135,7 +137,7 @@ class SchedulerSide:
         if loaded < len(tiers):
             self._doubt *= _DOUBT
             self._count("declined_tokens", (len(tiers) - loaded) * size)
-        tracked.tiers = tiers[:loaded]
+        tracked.first, tracked.tiers = first, tiers[:loaded]
         is_apart = self._ranks > 1 or self._groups > 1
         tracked.is_beside = bool(loaded) and (is_apart or DISK in tracked.tiers)
         return loaded * size, tracked.is_beside
@@ -146,7 +148,7 @@ class SchedulerSide:
         """Blocks were given to a request, for what it computes and for what it loads; by group."""
         tracked = self._tracked(request)
         tracked.places = [list(group) for group in places]
-        first = request.num_computed_tokens // self._block_tokens
+        first = tracked.first
         if first:
             self._step.used.append(self._keys(request, first))
         loaded = loaded_tokens // self._block_tokens

@@ -55,6 +55,7 @@ class WorkerSide:
         self._failed_steps = 0
         self._rates = {"memory": 0.0, "disk": 0.0, "prefill": 0.0}
         self._began = self._waited = 0.0
+        self._counted_bytes = 0
         #: For `stats`; they start again whenever they are taken.
         self.counters: dict[str, float] = {}
 
@@ -164,6 +165,8 @@ class WorkerSide:
         if self._saver is not None:
             # Before the changes are asked for, or they would lack what was put meanwhile.
             saved_step = self._saver.done()
+            self._count("saved_bytes", self._saver.saved_bytes - self._counted_bytes)
+            self._counted_bytes = self._saver.saved_bytes
             computed, self._saver.computed = self._saver.computed, None
             if computed is not None and computed[0] >= _TOKENS_MIN:
                 self._measure("prefill", *computed)
