@@ -211,7 +211,7 @@ def identical_rows(place: Path, quick: bool) -> list[Row]:
     order = random.Random(1)
     asks = [ask(order.randrange(prompts // 8), n, 400, 12) for n in range(prompts)]
     turns = [asks[at : at + 4] for at in range(0, prompts, 4)]
-    settings = {"num_gpu_blocks_override": 64}
+    settings = {"num_gpu_blocks_override": 64, "max_model_len": 1024}
     plain = lived(place, turns, None, settings).turns
     half = len(turns) // 2
     ours: list[list[Answer]] = []
