@@ -39,6 +39,7 @@ IMPORTS_BY_NAME = {
     "tierkv/__init__.py": "public names are loaded when first asked for, from a table in it",
     "tierkv/core/registry.py": "members of a family, from a table or an installed entry point",
     "tierkv/doctor_hardware.py": "asks whether a module of a list in it can be imported",
+    "tierkv/engines/vllm/__init__.py": "what vLLM asks for is loaded then, from a table in it",
     "tierkv/tiers/files/gds.py": "one of the modules of cuda.bindings, named by the code",
     "tierkv/testing/drills/process_server.py": "a module of its own, and planted mistakes of tests",
     "tools/peer_lmcache.py": "another program's modules, by literal names, in its own environment",

@@ -262,7 +262,11 @@ def test_an_interrupted_command_is_130_and_says_how_far_it_got(
 
 def test_a_real_interrupt_of_a_real_process_is_130(cold: Path, notes: Path) -> None:
     command = [sys.executable, "-m", "tierkv.cli", "scrub", str(cold), "--rate", "200kB/s"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # A shell's background job ignores interrupts, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
         assert b"begins" in process.stdout.readline()
         assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19, "others go first"

@@ -20,8 +20,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from tests.forked_life import in_a_fork
 from tierkv.testing.engines import EngineTests
-from tierkv.testing.life import Life, in_a_fork
+from tierkv.testing.life import Life
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = ["tierkv.engines.transformers", "transformers.models.llama.modeling_llama"]

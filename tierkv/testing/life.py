@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -188,15 +186,3 @@ def _flip(buffers: Sequence[Buffer], *, every: int) -> None:
         # The last byte of an element of any dtype: of the first, a float32 would hardly change.
         for at in range(min(every, len(view)) // 2 | 7, len(view), every):
             view[at] ^= 0x40
-
-
-def in_a_fork(program: str, arguments: Sequence[str], log: str) -> None:
-    """Run a program that lives lives in this process, which is a fork made for it.
-
-    So the lives of an engine that is imported need not import it each. `log` gets what it says.
-    """
-    with Path(log).open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = [program, *arguments]
-    runpy.run_path(program, run_name="__main__")
