@@ -62,7 +62,6 @@ class Saver:
         self._done = 0
         #: Tokens that a step computed and the seconds that it took, of the last that saved any.
         self.computed: tuple[int, float] | None = None
-        self.seconds = 0.0
         self.saved_blocks = self.saved_bytes = 0
         self._thread = threading.Thread(target=self._run, name="tierkv-save", daemon=True)
         self._thread.start()
@@ -135,7 +134,6 @@ class Saver:
                     self.computed = part.tokens, computed_at - part.began
                 computed_at = None
                 continue
-            start = time.perf_counter()
             try:
                 part.copied.wait()  # what it waits for is what the step computes
                 computed_at = computed_at or time.perf_counter()
@@ -144,5 +142,4 @@ class Saver:
                 self.saved_bytes += saved * part.store.plan.block_bytes
             except Exception:  # whatever it was, it is no reason to stop an engine
                 logger.exception("not saved request=%s", part.request)
-            self.seconds += time.perf_counter() - start
             self._give_back(part.rows.nbytes)
