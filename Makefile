@@ -84,7 +84,7 @@ vllm: $(READY) .venv-vllm/.ready
 
 ENGINES := TIERKV_ENGINES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 1500
 
-# What CI runs after the tests; `engines` prints what it gains as well.
+# CI runs it with `-m "not slow"`; `engines` prints what it gains as well.
 engines-test: vllm .venv-sglang/.ready
 	TIERKV_ENGINES=1 OMP_NUM_THREADS=1 $(SGLANG)/python -m pytest --timeout 1500 \
 		tests/test_sglang_storage.py

@@ -46,6 +46,7 @@ class VLLM(EngineDriver):
 class TestVLLM(VLLM, EngineTests):
     """In one process, where a tier's trouble can be made."""
 
+    @pytest.mark.slow
     def test_another_block_size_finds_nothing_and_hits_are_told_by_tier(self, place: Path) -> None:
         life = self.life(place, [self.ask(0, 0)], [self.ask(0, 1)])
         first = self.check(place, life)
@@ -64,6 +65,7 @@ class TestVLLM(VLLM, EngineTests):
         said = self.check(place, self.life(place, *turns, host="96MiB", settings=settings))
         assert said.counters["vllm:external_prefix_cache_hits"] > 0
 
+    @pytest.mark.slow
     def test_layers_with_a_window_have_blocks_of_their_own(self, place: Path) -> None:
         """Every third layer sees all, the others 128 tokens; two of a kind are a group."""
         settings = {"model": str(small_model(place / "small", "gemma"))}
@@ -77,6 +79,7 @@ class TestVLLM(VLLM, EngineTests):
         assert len(list((place / "kv").iterdir())) == 3, "a directory for each group"
 
 
+@pytest.mark.slow
 class TestVLLMInProcesses(VLLM):
     """As `vllm serve` runs it: the API, the scheduler and each rank's worker are processes."""
 

@@ -129,6 +129,7 @@ def python(code: str) -> str:
 # ---- the spec and the tier
 
 
+@pytest.mark.slow
 def test_vllms_own_tier_works_on_the_cpu_by_our_spec(
     model: str, tmp_path: Path, recomputed: list[list[list[int]]]
 ) -> None:
@@ -149,6 +150,7 @@ def test_chunks_of_several_blocks_are_copied_to_and_from_their_places(
     assert cached_of(found)[-1] == [WHOLE // 3 * 3 * BLOCK]
 
 
+@pytest.mark.slow
 def test_what_vllms_tier_gives_up_comes_back_from_ours_and_after_a_restart(
     model: str, tmp_path: Path, recomputed: list[list[list[int]]]
 ) -> None:

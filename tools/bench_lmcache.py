@@ -1,22 +1,22 @@
 """tierkv and LMCache's own adapters of files as a second level of LMCache, in one run by turns.
 
     .venv-lmcache/bin/python tools/bench_lmcache.py [--chunk-mib 8] [--chunks 32] [--rounds 7]
+        [--json FILE] [--directory DIR]
 
 It runs where LMCache is. Each round stores chunks that nobody knows and loads those of the round
 before, in each adapter in turn, as LMCache's controllers do: one task of all chunks. `stored` is
 what the task takes, after which LMCache may give its memory to others; `on disk` ends when every
 byte is in a file (tierkv: `flush`, with a sync; files: an fsync of each). `loaded` is from the disk
-and verified (tierkv has host memory for four chunks), or from the page cache unless O_DIRECT. GB/s,
-the median of the rounds.
+and verified (tierkv has host memory for four chunks), or from the page cache unless O_DIRECT. A
+value is the files' seconds over ours, the median of the rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import select
 import statistics
-import tempfile
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,33 +37,45 @@ from lmcache.v1.memory_management import (
 )
 from lmcache.v1.platform import consume_fd
 
+sys.path.insert(0, str(Path(__file__).parent))
+from measuring import Row, options_of, report, scratch
+
 from tierkv.engines.lmcache.adapter import TierKVL2Adapter
 
 Adapter = Any
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+ROWS = "stored,on-disk,looked-up,loaded"
+
+
+def main() -> int:
+    """Measure the chosen rows; see the module."""
+    parser = options_of(__doc__.splitlines()[0], ROWS)
     parser.add_argument("--chunk-mib", type=float, default=8)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--directory", type=Path)
     options = parser.parse_args()
     size = int(options.chunk_mib * (1 << 20))
-    with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-lmcache-") as place:
+    with scratch(options.directory) as place:
         found = measured(Path(place), size, options.chunks, options.rounds)
-    print(f"{options.chunks} chunks of {options.chunk_mib:g} MiB a task, {options.rounds} rounds")
-    print(f"{'GB/s':<12}{'stored':>10}{'on disk':>10}{'looked up ms':>14}{'loaded':>10}")
-    total = size * options.chunks
-    for name, times in found.items():
-        stored, durable, looked, loaded = (
-            statistics.median(column) for column in zip(*times, strict=True)
-        )
-        print(f"{name:<12}{total / stored / 1e9:>10.2f}{total / durable / 1e9:>10.2f}"
-              f"{looked * 1e3:>14.2f}{total / loaded / 1e9:>10.2f}")  # fmt: skip
+    taken = {
+        name: [statistics.median(column) for column in zip(*times, strict=True)]
+        for name, times in found.items()
+    }
+    ours, gigabytes, rows = taken.pop("tierkv"), size * options.chunks / 1e9, []
+    for number, what in enumerate(ROWS.split(",")):
+        if what not in options.rows:
+            continue
+        for name, theirs in taken.items():
+            if what == "looked-up":
+                note = f"{ours[number] * 1e3:.2f} ms, {name} {theirs[number] * 1e3:.2f} ms"
+            else:
+                rates = [gigabytes / seconds for seconds in (ours[number], theirs[number])]
+                note = f"{rates[0]:.2f} GB/s, {name} {rates[1]:.2f}"
+            ratio = theirs[number] / ours[number]
+            rows.append(Row(f"{what}, against {name}", ratio, None, True, "x faster", note))
+    title = f"{options.chunks} chunks of {options.chunk_mib:g} MiB a task, {options.rounds} rounds"
+    return report(rows, options, title)
 
 
 def measured(
@@ -177,4 +189,4 @@ def aligned(size: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -41,6 +41,7 @@ BLOCK: Final = 32
 TOKEN_BYTES: Final = 46_080
 
 ROWS: Final = "ttft,idle,example,steps,identical"
+TITLE: Final = "vLLM with tierkv, against vLLM without"
 
 
 def main() -> int:
@@ -56,8 +57,12 @@ def main() -> int:
     ):
         if name in options.rows:
             with scratch(options.directory) as place:
-                rows += measure(Path(place), options.quick)
-    return report(rows, options, "vLLM with tierkv, against vLLM without")
+                try:
+                    rows += measure(Path(place), options.quick)
+                except SystemExit:
+                    report(rows, options, TITLE)  # what was measured until an engine failed
+                    raise
+    return report(rows, options, TITLE)
 
 
 def ask(document: int, question: int, tokens: int, count: int) -> Ask:
