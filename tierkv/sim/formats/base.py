@@ -18,8 +18,9 @@ HEAD_BYTES: Final = 1 << 16
 class TraceSource:
     """One trace's files while they are read: where they are, and what in them was bad."""
 
-    def __init__(self, path: Path, *, strict: bool = False) -> None:
+    def __init__(self, path: Path, *, strict: bool = False, digest: str | None = None) -> None:
         self.path = path
+        self._digest = digest
         self.problems = Problems(strict=strict)
         self.files: list[str] = [path.name]
 
@@ -28,14 +29,13 @@ class TraceSource:
         form: str,
         settings: Mapping[str, str],
         *,
-        digest: str | None = None,
         synthesised: tuple[str, ...] = (),
     ) -> TraceFacts:
         """The facts of a trace that was read from here."""
         return TraceFacts(
             format=form,
             source=tuple(self.files),
-            digest=digest_of(self.path) if digest is None else digest,
+            digest=digest_of(self.path) if self._digest is None else self._digest,
             bad_lines=self.problems.count,
             problems=tuple(self.problems.first),
             synthesised=synthesised,

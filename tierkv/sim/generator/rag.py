@@ -1,0 +1,125 @@
+"""RAG: questions with passages that were looked up, after RAGPulse's week at a university.
+
+A prompt is a system part (of which the last piece changes all the time), passages by popularity in
+the order of their rank for the question, the history of the session, and the question. Only what
+precedes the first difference is shared, which is why most of it is never seen again.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Final, cast
+
+import msgspec
+import numpy as np
+import xxhash
+
+from tierkv.sim.generator.base import (
+    Amount,
+    Generator,
+    GeneratorSettings,
+    History,
+    Hours,
+    Quantiles,
+    Rate,
+    Sink,
+    drawn,
+    poisson_times,
+    zipf_weights,
+)
+
+# Measured on RAGPulse, 7,106 requests in seven days of 3,990 sessions.
+_SYSTEM: Final = (512, 512, 437)  # tokens of its pieces; the last is new in 8 of 10 requests
+_SYSTEMS: Final = 1400  # different pieces in the middle place
+_SYSTEM_SLOPE: Final = 1.0
+_LAST_FIXED: Final = 0.197
+_NO_PASSAGES: Final = 0.206
+_PASSAGES: Final = 6
+_PASSAGE_TOKENS: Final = Quantiles(5, 15, 67, 126, 181, 255, 312, 337, 355, 387, 512)
+_PASSAGE_SLOPE: Final = 1.0
+_QUESTION_TOKENS: Final = Quantiles(1, 1, 2, 3, 4, 6, 8, 12, 16, 28, 200)
+_OUTPUT_TOKENS: Final = Quantiles(10, 36, 66, 83, 131, 234, 385, 563, 670, 891, 2000)
+_ASKS_AGAIN: Final = 0.44  # 3,990 sessions of 7,106 requests
+_GAP_S: Final = Quantiles(2, 5, 11, 15, 22, 40, 89, 295, 998, 30000, 86400)
+
+
+class RagSettings(GeneratorSettings, frozen=True):
+    """rate: sessions that begin, a second, on average over the day."""
+
+    block_tokens: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 16
+    hours: Hours = 168.0
+    rate: Rate = 0.0066
+    passages: Amount = 3235
+
+
+class Rag(Generator):
+    """Generates questions over documents."""
+
+    name = "rag"
+    settings: ClassVar[type[GeneratorSettings]] = RagSettings
+    fitted = "fitted to RAGPulse"
+
+    def fill(self, sink: Sink, settings: GeneratorSettings, rng: np.random.Generator) -> None:
+        """Add all questions of sessions that begin within the time."""
+        chosen = cast("RagSettings", settings)
+        seconds = chosen.hours * 3600
+        lengths = [max(1, round(_PASSAGE_TOKENS.draw(rng))) for _ in range(chosen.passages)]
+        popular = zipf_weights(chosen.passages, _PASSAGE_SLOPE)
+        systems = zipf_weights(_SYSTEMS, _SYSTEM_SLOPE)
+        chain = _Chain(sink)
+        for start in poisson_times(rng, 2 * chosen.rate, seconds):
+            if rng.random() * 2 > _of_day(float(start)):
+                continue
+            session, at, told = sink.new_session(), float(start), 0
+            while at < seconds:
+                fixed = rng.random() < _LAST_FIXED
+                last = 0 if fixed else int(rng.integers(1 << 62))
+                parts = [(0, _SYSTEM[0]), (1 + drawn(rng, systems), _SYSTEM[1])]
+                parts.append((10_000 + last, _SYSTEM[2]))
+                if rng.random() >= _NO_PASSAGES:
+                    found = [drawn(rng, popular) for _ in range(_PASSAGES)]
+                    parts += [(-1 - number, lengths[number]) for number in dict.fromkeys(found)]
+                asked = max(1, round(_QUESTION_TOKENS.draw(rng)))
+                parts.append((int(rng.integers(1 << 62)), 11 + told + asked))
+                output = _OUTPUT_TOKENS.draw(rng)
+                sink.add(at, chain.history(parts), output=output, session=session)
+                if rng.random() >= _ASKS_AGAIN:
+                    break
+                told = min(2100, told + asked + round(output))
+                at += _GAP_S.draw(rng)
+
+
+class _Chain:
+    """Histories of pieces of content: blocks equal from the root on have the same ids."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._size = sink.block_tokens
+        self._history = History()
+
+    def history(self, parts: list[tuple[int, int]]) -> History:
+        """The blocks of (content, tokens) pieces in this order; valid until the next call."""
+        digest = xxhash.xxh3_64()
+        tokens = sum(length for _, length in parts)
+        ids = np.empty(-(-tokens // self._size), dtype=np.int64)
+        done = place = 0
+        for content, length in parts:
+            # A block is named by the pieces that begin in it or before, and by its place.
+            digest.update(content.to_bytes(8, "little", signed=True))
+            place += length
+            name = digest.intdigest()
+            while done < len(ids) and (done + 1) * self._size <= place:
+                ids[done] = _mixed(name, done)
+                done += 1
+        if done < len(ids):
+            ids[done] = _mixed(digest.intdigest(), done)
+        self._history.set_ids(ids, tokens)
+        return self._history
+
+
+def _mixed(name: int, place: int) -> int:
+    mixed = (name ^ (place * 0x9E3779B97F4A7C15)) & ((1 << 62) - 1)
+    return mixed | 1 << 62  # apart from the ids that a sink gives out
+
+
+def _of_day(at: float) -> float:
+    """How dense the load is at this time: 1 on average over a day, 2 at most."""
+    return 1.0 + 0.9 * float(np.cos(2 * np.pi * (at / 86400 - 0.12)))
