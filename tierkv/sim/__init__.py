@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from tierkv.sim.opening import open_trace
 from tierkv.sim.trace import Stop, Trace, TraceBuilder, TraceFacts
+from tierkv.sim.writing import write_trace
 
-__all__ = ["Stop", "Trace", "TraceBuilder", "TraceFacts", "open_trace"]
+__all__ = ["Stop", "Trace", "TraceBuilder", "TraceFacts", "open_trace", "write_trace"]
