@@ -55,7 +55,10 @@ def plain_name(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The content of a file, decompressed by what its name says."""
+    """The content of a file, decompressed by what its name says.
+
+    Raises ConfigError for what cannot be read, also while it is read in the `with`.
+    """
     try:
         with path.open("rb") as raw:
             if path.suffix == ".gz":
@@ -68,13 +71,17 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
                     yield io.BufferedReader(frames, _CHUNK_BYTES)
             else:
                 yield raw
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":  # its module may not be there
+            raise
         raise ConfigError(f"{path}: {error}") from None
 
 
 def lines(path: Path, problems: Problems) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, each with its number from 1 and without its end."""
-    with _damage_named(path), opened(path) as stream:
+    with opened(path) as stream:
         number = 0
         while line := stream.readline(LINE_BYTES_MAX + 1):
             number += 1
@@ -95,14 +102,14 @@ def documents(path: Path, suffix: str, problems: Problems) -> Iterator[tuple[str
             if file.is_file() and plain_name(file).endswith(suffix):
                 yield from _document(file, problems)
     elif plain_name(path).endswith(".tar"):
-        with _damage_named(path), opened(path) as stream:
+        with opened(path) as stream:
             yield from _members(path, stream, suffix, problems)
     else:
         yield from _document(path, problems)
 
 
 def _document(file: Path, problems: Problems) -> Iterator[tuple[str, bytes]]:
-    with _damage_named(file), opened(file) as stream:
+    with opened(file) as stream:
         data = stream.read(MEMBER_BYTES_MAX + 1)
     if len(data) > MEMBER_BYTES_MAX:
         problems.add(file.name, 1, f"more than {MEMBER_BYTES_MAX} bytes")
@@ -124,19 +131,6 @@ def _members(
                 problems.add(name, 1, f"more than {MEMBER_BYTES_MAX} bytes")
             elif (file := archive.extractfile(member)) is not None:
                 yield name, file.read()
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Errors of compression and archive formats, as ConfigError that names the file."""
-    try:
-        yield
-    except tarfile.TarError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise ConfigError(f"{path}: {error}") from None
-        raise
 
 
 def digest_of(path: Path) -> str:

@@ -5,6 +5,7 @@ The head of the JSON lines (`jsonl.py`) is in the file's metadata under `tierkv_
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -77,7 +78,8 @@ class Parquet(TraceFormat):
 def write_parquet(trace: Trace, path: Path) -> None:
     """Write a trace, compressed with zstd."""
     polars = needed("polars")
-    blocks = [trace.blocks[low:high] for low, high in zip(trace.starts, trace.starts[1:])]  # noqa: B905
+    # A series of series is one of lists; of arrays of equal length polars would make a matrix.
+    blocks = [polars.Series(trace.blocks[low:high]) for low, high in pairwise(trace.starts)]
     columns = {name: getattr(trace, name) for name in _ROWS}
     columns["blocks"] = polars.Series(blocks, dtype=polars.List(polars.Int32))
     head = msgspec.json.encode(Head(VERSION, trace.name, trace.block_tokens, trace.facts))
