@@ -43,7 +43,7 @@ def open_trace(
         raise ConfigError(f"{spec}: no such file")
     kind = format_named(format) if format is not None else format_of(path)
     chosen = settings_of(kind.settings, settings or {}, kind.name)
-    words = chosen.words()
+    words, path = chosen.words(), kind.whole(path)
     digest = digest_of(path)
     key = cache.cache_key(
         digest, kind.name, str(kind.version), *(f"{name}={word}" for name, word in words.items())

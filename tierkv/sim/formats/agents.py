@@ -96,7 +96,7 @@ class Agents(TraceFormat):
     @staticmethod
     def matches(path: Path, head: bytes) -> bool:
         if path.is_dir():
-            return next(path.rglob("*.json*"), None) is not None
+            return any(plain_name(file).endswith(".json") for file in path.rglob("*.json*"))
         return plain_name(path).endswith(".tar") or b'"hash_id_scope"' in head
 
     def read(self, source: TraceSource, settings: Settings) -> Trace:

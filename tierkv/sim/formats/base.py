@@ -60,6 +60,11 @@ class TraceFormat(ABC):
     def matches(path: Path, head: bytes) -> bool:
         """Whether a path looks like this format; `head` is its first bytes, decompressed."""
 
+    @staticmethod
+    def whole(path: Path) -> Path:
+        """What belongs to the trace of which `path` was named: itself, or the folder it is in."""
+        return path
+
     @abstractmethod
     def read(self, source: TraceSource, settings: Settings) -> Trace:
         """The trace. Raises ConfigError where nothing can be read of it."""

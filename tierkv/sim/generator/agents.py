@@ -13,11 +13,11 @@ from typing import Annotated, ClassVar, Final, cast
 import msgspec
 import numpy as np
 
+from tierkv.sim.chaining import History
 from tierkv.sim.generator.base import (
     Amount,
     Generator,
     GeneratorSettings,
-    History,
     Hours,
     Quantiles,
     Sink,

@@ -1,4 +1,4 @@
-"""What a generator is made of: quantile tables, histories of blocks, and a sink of requests.
+"""What a generator is made of: tables of quantiles, and a sink of requests.
 
 Distributions are tables of quantiles measured on a public trace, read backwards: a uniform number
 is looked up and interpolated, in logarithms. They need no family of curves to fit, and the same
@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from tierkv.core.errors import ConfigError
+from tierkv.sim.chaining import History
 from tierkv.sim.settings import Seed, Settings
 from tierkv.sim.trace import SECOND_NS, TOKENS_MAX, Stop, Trace, TraceBuilder, TraceFacts
 
@@ -45,47 +46,6 @@ class Quantiles:
     def draw(self, rng: np.random.Generator) -> float:
         """One number."""
         return float(np.exp(np.interp(rng.random(), LEVELS, self._logs)))
-
-
-class History:
-    """The blocks of one thread, as ids that no other content has; the last may be partial."""
-
-    __slots__ = ("_ids", "count", "tokens")
-
-    def __init__(self) -> None:
-        self._ids = np.empty(256, dtype=np.int64)
-        self.count = 0
-        self.tokens = 0
-
-    def ids(self) -> NDArray[np.int64]:
-        """The blocks as they are now; valid until the history changes."""
-        return self._ids[: self.count]
-
-    def set_ids(self, ids: NDArray[np.int64], tokens: int) -> None:
-        """Become another history."""
-        self.count = 0
-        self._append(ids)
-        self.tokens = tokens
-
-    def _append(self, ids: NDArray[np.int64]) -> None:
-        need = self.count + len(ids)
-        if need > len(self._ids):
-            longer = np.empty(2 * need, dtype=np.int64)
-            longer[: self.count] = self._ids[: self.count]
-            self._ids = longer
-        self._ids[self.count : need] = ids
-        self.count = need
-
-    def grow(self, sink: Sink, tokens: int) -> None:
-        """Append so many new tokens; a partial last block becomes another."""
-        self.count = min(self.count, self.tokens // sink.block_tokens)
-        self.tokens += tokens
-        self._append(sink.new_blocks(-(-self.tokens // sink.block_tokens) - self.count))
-
-    def keep(self, sink: Sink, blocks: int) -> None:
-        """Forget all but the first `blocks` whole blocks."""
-        self.count = min(blocks, self.tokens // sink.block_tokens)
-        self.tokens = self.count * sink.block_tokens
 
 
 class Sink:

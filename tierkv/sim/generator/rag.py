@@ -11,13 +11,12 @@ from typing import Annotated, ClassVar, Final, cast
 
 import msgspec
 import numpy as np
-import xxhash
 
+from tierkv.sim.chaining import History, chained_ids
 from tierkv.sim.generator.base import (
     Amount,
     Generator,
     GeneratorSettings,
-    History,
     Hours,
     Quantiles,
     Rate,
@@ -65,7 +64,7 @@ class Rag(Generator):
         lengths = [max(1, round(_PASSAGE_TOKENS.draw(rng))) for _ in range(chosen.passages)]
         popular = zipf_weights(chosen.passages, _PASSAGE_SLOPE)
         systems = zipf_weights(_SYSTEMS, _SYSTEM_SLOPE)
-        chain = _Chain(sink)
+        history = History()
         for start in poisson_times(rng, 2 * chosen.rate, seconds):
             if rng.random() * 2 > _of_day(float(start)):
                 continue
@@ -81,43 +80,13 @@ class Rag(Generator):
                 asked = max(1, round(_QUESTION_TOKENS.draw(rng)))
                 parts.append((int(rng.integers(1 << 62)), 11 + told + asked))
                 output = _OUTPUT_TOKENS.draw(rng)
-                sink.add(at, chain.history(parts), output=output, session=session)
+                tokens = sum(length for _, length in parts)
+                history.set_ids(chained_ids(parts, sink.block_tokens), tokens)
+                sink.add(at, history, output=output, session=session)
                 if rng.random() >= _ASKS_AGAIN:
                     break
                 told = min(2100, told + asked + round(output))
                 at += _GAP_S.draw(rng)
-
-
-class _Chain:
-    """Histories of pieces of content: blocks equal from the root on have the same ids."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._size = sink.block_tokens
-        self._history = History()
-
-    def history(self, parts: list[tuple[int, int]]) -> History:
-        """The blocks of (content, tokens) pieces in this order; valid until the next call."""
-        digest = xxhash.xxh3_64()
-        tokens = sum(length for _, length in parts)
-        ids = np.empty(-(-tokens // self._size), dtype=np.int64)
-        done = place = 0
-        for content, length in parts:
-            # A block is named by the pieces that begin in it or before, and by its place.
-            digest.update(content.to_bytes(8, "little", signed=True))
-            place += length
-            name = digest.intdigest()
-            while done < len(ids) and (done + 1) * self._size <= place:
-                ids[done] = _mixed(name, done)
-                done += 1
-        if done < len(ids):
-            ids[done] = _mixed(digest.intdigest(), done)
-        self._history.set_ids(ids, tokens)
-        return self._history
-
-
-def _mixed(name: int, place: int) -> int:
-    mixed = (name ^ (place * 0x9E3779B97F4A7C15)) & ((1 << 62) - 1)
-    return mixed | 1 << 62  # apart from the ids that a sink gives out
 
 
 def _of_day(at: float) -> float:

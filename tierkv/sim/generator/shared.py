@@ -11,11 +11,11 @@ from typing import Annotated, ClassVar, cast
 import msgspec
 import numpy as np
 
+from tierkv.sim.chaining import History
 from tierkv.sim.generator.base import (
     Amount,
     Generator,
     GeneratorSettings,
-    History,
     Hours,
     Rate,
     Sink,
