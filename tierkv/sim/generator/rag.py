@@ -1,8 +1,9 @@
 """RAG: questions with passages that were looked up, after RAGPulse's week at a university.
 
-A prompt is a system part (of which the last piece changes all the time), passages by popularity in
-the order of their rank for the question, the history of the session, and the question. Only what
-precedes the first difference is shared, which is why most of it is never seen again.
+A prompt is a system part of three pieces, of which one changes with each request and one twice a
+day, then passages by popularity, the history of the session, and the question; every fourth has
+another system part and no passages. Only what precedes the first difference is shared, which is
+why most of it is never seen again, however popular its passages are.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ from tierkv.sim.generator.base import (
 )
 
 # Measured on RAGPulse, 7,106 requests in seven days of 3,990 sessions.
-_SYSTEM: Final = (512, 512, 437)  # tokens of its pieces; the last is new in 8 of 10 requests
-_SYSTEMS: Final = 1400  # different pieces in the middle place
-_SYSTEM_SLOPE: Final = 1.0
-_LAST_FIXED: Final = 0.197
-_NO_PASSAGES: Final = 0.206
+_SYSTEM: Final = (512, 512, 437)  # tokens of its pieces: fixed, of the half-day, new each time
+_SYSTEM_S: Final = 43_200  # 15 middle pieces in the week, one after the other
+_BARE_SYSTEM: Final = (512, 512, 4)  # the other prompt's: fixed, new each time, fixed
+_BARE: Final = 0.233  # 1,658 of 7,106
 _PASSAGES: Final = 6
 _PASSAGE_TOKENS: Final = Quantiles(5, 15, 67, 126, 181, 255, 312, 337, 355, 387, 512)
 _PASSAGE_SLOPE: Final = 1.0
@@ -63,20 +63,22 @@ class Rag(Generator):
         seconds = chosen.hours * 3600
         lengths = [max(1, round(_PASSAGE_TOKENS.draw(rng))) for _ in range(chosen.passages)]
         popular = zipf_weights(chosen.passages, _PASSAGE_SLOPE)
-        systems = zipf_weights(_SYSTEMS, _SYSTEM_SLOPE)
         history = History()
         for start in poisson_times(rng, 2 * chosen.rate, seconds):
             if rng.random() * 2 > _of_day(float(start)):
                 continue
             session, at, told = sink.new_session(), float(start), 0
             while at < seconds:
-                fixed = rng.random() < _LAST_FIXED
-                last = 0 if fixed else int(rng.integers(1 << 62))
-                parts = [(0, _SYSTEM[0]), (1 + drawn(rng, systems), _SYSTEM[1])]
-                parts.append((10_000 + last, _SYSTEM[2]))
-                if rng.random() >= _NO_PASSAGES:
-                    found = [drawn(rng, popular) for _ in range(_PASSAGES)]
-                    parts += [(-1 - number, lengths[number]) for number in dict.fromkeys(found)]
+                new = int(rng.integers(1 << 62))
+                if rng.random() < _BARE:
+                    names: tuple[int, ...] = (1, new, 2)
+                    parts = list(zip(names, _BARE_SYSTEM, strict=True))
+                else:
+                    names = (0, 1000 + int((sink.start + at) // _SYSTEM_S), new)
+                    parts = list(zip(names, _SYSTEM, strict=True))
+                    drawn_ones = dict.fromkeys(drawn(rng, popular) for _ in range(2 * _PASSAGES))
+                    found = list(drawn_ones)[:_PASSAGES]
+                    parts += [(-1 - number, lengths[number]) for number in found]
                 asked = max(1, round(_QUESTION_TOKENS.draw(rng)))
                 parts.append((int(rng.integers(1 << 62)), 11 + told + asked))
                 output = _OUTPUT_TOKENS.draw(rng)
