@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -228,6 +229,19 @@ def test_what_is_written_is_read_back(
     assert [p.name for p in path.parent.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl.zst", "t.jsonl.gz"])
+def test_a_damaged_file_is_refused_or_still_a_trace(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write_trace(open_trace("builtin:chat?hours=0.01"), path)
+    good, rng = path.read_bytes(), np.random.default_rng(5)
+    for number in range(60):
+        bad = bytearray(good)
+        bad[int(rng.integers(len(bad)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad if number % 3 else bad[: int(rng.integers(len(bad)))])
+        with contextlib.suppress(ConfigError):
+            open_trace(str(path), keep=False).check()
+
+
 def test_only_names_that_can_be_read_back_are_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.parquet"):
         write_trace(built([(0, [1])]), tmp_path / "t.csv")
@@ -364,6 +378,12 @@ def test_a_kept_trace_with_bad_lines_is_read_again_when_strict(kept: Path) -> No
     open_trace(str(kept))
     with pytest.raises(ConfigError, match=r"m\.jsonl:10"):
         open_trace(str(kept), strict=True)
+
+
+def test_of_one_path_the_newest_readings_are_kept(kept: Path) -> None:
+    for size in range(512, 525):
+        open_trace(str(kept), settings={"block_tokens": str(size), "ids": "content"})
+    assert len(arrays_of(kept.parent)) <= cache_module.KEPT_FILES_MAX
 
 
 def test_nothing_is_kept_where_that_is_not_wanted(kept: Path) -> None:

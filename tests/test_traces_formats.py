@@ -408,8 +408,11 @@ def test_every_format_is_told_from_its_content(tmp_path: Path) -> None:
         format_of(Path(written(tmp_path / "9", ["hello"])))
 
 
+DEEP = b'{"x": ' + b"[" * 100_000 + b"\n" + b'{"requests": [' * 20_000
+
+
 @pytest.mark.parametrize("name", list(TRACES))
-@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 9, b"[]\n{}\n1\n", b"a,b\n1,2\n"])
+@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 9, b"[]\n{}\n1\n", b"a,b\n1,2\n", DEEP])
 def test_no_format_falls_over_what_it_cannot_read(
     name: str, content: bytes, tmp_path: Path
 ) -> None:

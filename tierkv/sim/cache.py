@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,11 +30,14 @@ from tierkv.sim.trace import ARRAYS, Trace, TraceFacts
 logger = logging.getLogger(__name__)
 
 KEPT_REFERENCES_MIN: Final = 100_000
+#: Readings of one path, each with other settings, of which the arrays are kept; the oldest go.
+KEPT_FILES_MAX: Final = 8
 
 _MAGIC: Final = b"tierkvT\x01"
 _HEAD: Final = struct.Struct("<8sIQ")
 _HEADER_BYTES_MAX: Final = 1 << 20
 _ALIGN: Final = 64
+_KEY_CHARS: Final = 16
 
 
 class _Place(msgspec.Struct, frozen=True):
@@ -55,7 +59,7 @@ class TraceCache:
 
     def __init__(self, path: Path, key: str) -> None:
         self._key = key
-        name = f".{path.name}.{key[:16]}.arrays"
+        name = f".{path.name}.{key[:_KEY_CHARS]}.arrays"
         shared = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
         self._places = [Path(shared) / "tierkv" / "traces" / name]
         if _is_for_writing(path.parent):
@@ -88,6 +92,7 @@ class TraceCache:
                 with suppress(OSError):
                     partial.unlink(missing_ok=True)
             else:
+                _drop_oldest(place)
                 return place
         return None
 
@@ -141,6 +146,17 @@ class TraceCache:
         )
         trace.check()
         return trace
+
+
+def _drop_oldest(place: Path) -> None:
+    """Keep only the newest files of the path that `place` is of."""
+    stem = place.name.removesuffix(".arrays")[: -(_KEY_CHARS + 1)]
+    ours = re.compile(re.escape(stem) + rf"\.[0-9a-f]{{{_KEY_CHARS}}}\.arrays")
+    with suppress(OSError):
+        files = [file for file in place.parent.iterdir() if ours.fullmatch(file.name)]
+        files.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        for file in files[KEPT_FILES_MAX:]:
+            file.unlink(missing_ok=True)
 
 
 def _is_for_writing(folder: Path) -> bool:

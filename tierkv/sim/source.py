@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Final
 
+import msgspec
 import xxhash
 
 from tierkv.core.errors import ConfigError
@@ -26,6 +27,9 @@ MEMBERS_MAX: Final = 100_000
 PROBLEMS_KEPT: Final = 20
 _WINDOW_BYTES_MAX: Final = 1 << 27
 _CHUNK_BYTES: Final = 1 << 20
+
+#: What a line that cannot be used raises while it is decoded or taken.
+BAD_LINE: Final = (ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
 
 COMPRESSED: Final = (".zst", ".gz")
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tierkv.core.errors import ConfigError
 from tierkv.sim.formats.base import TraceFormat, TraceSource
 from tierkv.sim.settings import Seconds, Seed, Settings
-from tierkv.sim.source import documents, plain_name
+from tierkv.sim.source import BAD_LINE, documents, plain_name
 from tierkv.sim.trace import SECOND_NS, TOKENS_MAX, Stop, Trace, TraceBuilder
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
@@ -105,7 +105,7 @@ class Agents(TraceFormat):
         for name, data in documents(source.path, ".json", source.problems):
             try:
                 session = msgspec.json.decode(data, type=_Session)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except BAD_LINE as error:
                 source.problems.add(name, 1, str(error))
                 continue
             reading.take(name, session)

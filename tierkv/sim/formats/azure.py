@@ -16,7 +16,7 @@ from tierkv.core.errors import ConfigError
 from tierkv.sim.formats.base import TraceFormat, TraceSource
 from tierkv.sim.formats.lengths import LengthModel, LengthSettings
 from tierkv.sim.settings import Settings
-from tierkv.sim.source import lines
+from tierkv.sim.source import BAD_LINE, lines
 from tierkv.sim.trace import Trace
 
 _COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -43,7 +43,7 @@ class Azure(TraceFormat):
                     whole_number(row["ContextTokens"]),
                     whole_number(row["GeneratedTokens"]),
                 )
-            except (ValueError, OverflowError) as error:
+            except BAD_LINE as error:
                 source.problems.add(source.path.name, number, str(error))
         if not len(model):
             raise ConfigError(f"{source.path}: no request in it that {self.name} can be")

@@ -19,7 +19,7 @@ import numpy as np
 from tierkv.core.errors import ConfigError
 from tierkv.sim.formats.base import TraceFormat, TraceSource
 from tierkv.sim.settings import Settings
-from tierkv.sim.source import lines, needed
+from tierkv.sim.source import BAD_LINE, lines, needed
 from tierkv.sim.trace import NS_MAX, TOKENS_MAX, Stop, Trace, TraceBuilder, TraceFacts
 
 VERSION: Final = 1
@@ -59,7 +59,7 @@ class Jsonl(TraceFormat):
         rows = lines(source.path, source.problems)
         try:
             head = msgspec.json.decode(next(rows, (1, b""))[1], type=Head)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except BAD_LINE as error:
             raise ConfigError(f"{source.path}:1: not the head of a trace: {error}") from None
         if head.tierkv_trace != VERSION:
             raise ConfigError(f"{source.path}:1: version {head.tierkv_trace}, not {VERSION}")
@@ -79,7 +79,7 @@ class Jsonl(TraceFormat):
                     pause_ns=entry.pause_ns,
                     busy_ns=entry.busy_ns,
                 )
-            except (ValueError, msgspec.MsgspecError) as error:
+            except BAD_LINE as error:
                 source.problems.add(source.path.name, number, str(error))
         return builder.build(facts_read(head.facts, source))
 

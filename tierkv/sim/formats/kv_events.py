@@ -25,7 +25,7 @@ from tierkv.core.errors import ConfigError
 from tierkv.sim.chaining import id_of
 from tierkv.sim.formats.base import TraceFormat, TraceSource
 from tierkv.sim.settings import Seconds, Settings
-from tierkv.sim.source import lines
+from tierkv.sim.source import BAD_LINE, lines
 from tierkv.sim.trace import SECOND_NS, TOKENS_MAX, Trace, TraceBuilder
 
 _KINDS: Final = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
@@ -73,7 +73,7 @@ class KvEvents(TraceFormat):
             try:
                 for at_ns, event in _events(msgspec.json.decode(line)):
                     replay.take(at_ns, event)
-            except (ValueError, msgspec.MsgspecError) as error:
+            except BAD_LINE as error:
                 source.problems.add(source.path.name, number, str(error))
         builder = replay.finish()
         if builder is None:

@@ -18,7 +18,7 @@ from tierkv.core.errors import ConfigError
 from tierkv.sim.chaining import id_of
 from tierkv.sim.formats.base import TraceFormat, TraceSource
 from tierkv.sim.settings import Settings
-from tierkv.sim.source import lines, plain_name
+from tierkv.sim.source import BAD_LINE, lines, plain_name
 from tierkv.sim.trace import SECOND_NS, TOKENS_MAX, Trace, TraceBuilder
 
 _Hash = Annotated[str, msgspec.Meta(max_length=256)]
@@ -67,7 +67,7 @@ class LMCache(TraceFormat):
                         input_tokens=entry.seq_len,
                         tenant=models.setdefault(entry.model_name, len(models)),
                     )
-                except (ValueError, msgspec.MsgspecError) as error:
+                except BAD_LINE as error:
                     source.problems.add(file.name, number, str(error))
         if builder is None or not len(builder):
             raise ConfigError(f"{source.path}: no request in it that {self.name} can be")

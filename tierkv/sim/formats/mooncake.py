@@ -17,7 +17,7 @@ import numpy as np
 from tierkv.core.errors import ConfigError
 from tierkv.sim.formats.base import TraceFormat, TraceSource
 from tierkv.sim.settings import Settings
-from tierkv.sim.source import lines
+from tierkv.sim.source import BAD_LINE, lines
 from tierkv.sim.trace import TOKENS_MAX, Trace, TraceBuilder
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
@@ -64,7 +64,7 @@ class Mooncake(TraceFormat):
                     input_tokens=entry.input_length,
                     output_tokens=entry.output_length,
                 )
-            except (ValueError, msgspec.MsgspecError) as error:
+            except BAD_LINE as error:
                 source.problems.add(source.path.name, number, str(error))
         if not len(builder):
             raise ConfigError(f"{source.path}: no request in it that {self.name} can be")

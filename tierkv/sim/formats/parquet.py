@@ -45,6 +45,11 @@ class Parquet(TraceFormat):
             blocks = _whole_numbers(filled.explode().to_numpy())
         except (polars.exceptions.PolarsError, OSError, ValueError) as error:
             raise ConfigError(f"{path}: {error}") from None
+        except BaseException as error:
+            # A damaged file can make polars panic; that is no Exception, and has no public name.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ConfigError(f"{path}: damaged: {error}") from None
         if text is None:
             raise ConfigError(f"{path}: a table, but not a trace that tierkv wrote")
         try:

@@ -19,7 +19,7 @@ from tierkv.core.errors import ConfigError
 from tierkv.sim.chaining import chained_ids
 from tierkv.sim.formats.base import TraceFormat, TraceSource
 from tierkv.sim.settings import Settings
-from tierkv.sim.source import COMPRESSED, lines
+from tierkv.sim.source import BAD_LINE, COMPRESSED, lines
 from tierkv.sim.trace import SECOND_NS, TOKENS_MAX, Stop, Trace, TraceBuilder
 
 #: Component of `hash_ids`, file of its lengths, field of its id there; in the prompt's order.
@@ -88,7 +88,7 @@ class RagPulse(TraceFormat):
                     session=sessions.setdefault(entry.session_id, len(sessions)),
                     stop=Stop.END,
                 )
-            except (ValueError, msgspec.MsgspecError) as error:
+            except BAD_LINE as error:
                 source.problems.add(requests.name, number, str(error))
         if not len(builder):
             raise ConfigError(f"{requests}: no request in it that {self.name} can be")
@@ -123,7 +123,7 @@ def _lengths(source: TraceSource, name: str, key: str) -> dict[int, int]:
             found[row[key]] = tokens
         except KeyError as error:
             source.problems.add(file.name, number, f"no {error}")
-        except (ValueError, msgspec.MsgspecError) as error:
+        except BAD_LINE as error:
             source.problems.add(file.name, number, str(error))
         if len(found) > _IDS_MAX:
             raise ConfigError(f"{file}: more than {_IDS_MAX} ids")

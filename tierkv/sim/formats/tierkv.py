@@ -22,7 +22,7 @@ from tierkv.plan.spec import PlanSpec
 from tierkv.sim.chaining import id_of
 from tierkv.sim.formats.base import TraceFormat, TraceSource
 from tierkv.sim.settings import Seconds, Settings
-from tierkv.sim.source import lines
+from tierkv.sim.source import BAD_LINE, lines
 from tierkv.sim.trace import SECOND_NS, Trace, TraceBuilder
 
 _OPEN_MAX: Final = 4096  # chains that are looked at for having ended
@@ -58,7 +58,7 @@ class EventLog(TraceFormat):
         rows = lines(source.path, source.problems)
         try:
             spec = msgspec.json.decode(next(rows, (1, b""))[1], type=PlanSpec)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except BAD_LINE as error:
             raise ConfigError(f"{source.path}:1: not the head of an event log: {error}") from None
         joining = _Joining(source.path.name, spec, join_ns)
         decode = msgspec.json.Decoder(tuple[int, AnyEvent, int]).decode
@@ -70,7 +70,7 @@ class EventLog(TraceFormat):
                     joining.take(now_ns, keys, event.namespace, is_put=False, first=event.first)
                 elif isinstance(event, Put) and event.keys:
                     joining.take(now_ns, event.keys, event.namespace, is_put=True, first=0)
-            except (ValueError, msgspec.MsgspecError) as error:
+            except BAD_LINE as error:
                 source.problems.add(source.path.name, number, str(error))
         builder = joining.finish()
         if not len(builder):
