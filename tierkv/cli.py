@@ -27,6 +27,7 @@ from tierkv.core.errors import ConfigError, TierKVError
 from tierkv.core.models import model_geometry
 from tierkv.core.registry import known_name
 from tierkv.doctor import Finding, State, examine
+from tierkv.sim.commands import trace_app
 from tierkv.upkeep import DrillKind
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Check, show and describe configuration files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(trace_app, name="trace")
 
 ConfigFile: TypeAlias = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file.")]
 ColdDirectory: TypeAlias = Annotated[
