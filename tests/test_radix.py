@@ -89,3 +89,14 @@ def test_the_index_agrees_with_a_set_of_prefixes(inserts: list[list[int]], rng: 
         model.remove(gone)
         index.check()
     assert len(index) == 0
+
+
+def test_a_blocks_chain_and_depth_lead_through_all_runs_above_it() -> None:
+    index = RadixIndex()
+    a = list(index.insert(keys_of([1, 2, 3, 4])))
+    b = list(index.insert(keys_of([1, 2, 7])))
+
+    assert index.chain(a[3]) == a
+    assert index.chain(b[2]) == [*a[:2], b[2]]
+    assert [index.depth(block) for block in a] == [0, 1, 2, 3]
+    assert index.depth(b[2]) == 2

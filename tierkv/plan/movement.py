@@ -77,6 +77,7 @@ class Movement(Room):
             namespace = host.pool.owner[page]
             host.pool.seal(page)
             host.pin(page)
+            self.expect(TierId.COLD, blocks)
             target = next(iter(self.whole_pages(TierId.COLD, 1, namespace, now_ns, out)), None)
             if target is None:
                 host.pool.unseal(page)
@@ -108,15 +109,15 @@ class Movement(Room):
         wanted, size = list(pages), cold.page_blocks
         for page in wanted:
             cold.pin(page)  # all of them, before making room below may evict one
+        if self.policies[TierId.HOST].wants_names:
+            self.expect(TierId.HOST, self._missing(wanted))
         moves: list[Move] = []
         arriving: list[list[int]] = []
         filled: list[int] = []
         spans: list[Span] = []
         for page, target in self._targets(wanted, urgency, now_ns, out):
             host.pool.seal(target)
-            blocks = [
-                b for b in cold.blocks_in(page) if cold.ready[b] >= 0 and host.place[b] == NO_PLACE
-            ]
+            blocks = self._missing([page])
             if len(blocks) == size:
                 spans.append(Span(len(filled), target, 0, size))
             else:
@@ -135,17 +136,25 @@ class Movement(Room):
         started = self._start(TierId.COLD, TierId.HOST, moves, urgency, out, arriving)
         return started, wanted[: len(moves)]
 
+    def _missing(self, pages: Iterable[int]) -> list[int]:
+        """The blocks of these cold pages that host memory lacks."""
+        place, ready = self.tables[TierId.HOST].place, self.tables[TierId.COLD].ready
+        blocks = [b for page in pages for b in self.tables[TierId.COLD].blocks_in(page)]
+        return [b for b in blocks if ready[b] >= 0 and place[b] == NO_PLACE]
+
     def _targets(
         self, pages: list[int], urgency: Urgency, now_ns: int, out: Out
     ) -> Iterator[tuple[int, int]]:
         """Pairs cold pages with host pages taken for them, until there is no more room."""
-        owner = self.tables[TierId.COLD].pool.owner
+        owner, must = self.tables[TierId.COLD].pool.owner, urgency is Urgency.DEMAND
         for namespace, run in groupby(pages, owner.__getitem__):
             group = list(run)
-            taken = self.whole_pages(TierId.HOST, len(group), namespace, now_ns, out)
+            taken = self.whole_pages(TierId.HOST, len(group), namespace, now_ns, out, must=must)
             # Only a read, and only if no transfer is going to make room, overrides a hint.
-            if not taken and urgency is Urgency.DEMAND and self.held and not self.flights:
-                taken = self.whole_pages(TierId.HOST, 1, namespace, now_ns, out, over_hints=True)
+            if not taken and must and self.held and not self.flights:
+                taken = self.whole_pages(
+                    TierId.HOST, 1, namespace, now_ns, out, must=True, over_hints=True
+                )
             yield from zip(group, taken, strict=False)
             if len(taken) < len(group):
                 return
@@ -169,6 +178,7 @@ class Movement(Room):
         namespace = above.pool.owner[above.place[todo[0]] // above.page_blocks]
         for block in todo:
             above.pin(above.place[block] // above.page_blocks)
+        self.expect(target, todo)
         spans = self.room(target, len(todo), namespace, now_ns, out)
         for span in spans:
             for _ in range(span.count - 1):  # `room` pinned once a span; moves pin once a block
@@ -193,6 +203,9 @@ class Movement(Room):
         finish = self._finish_pages if TierId.COLD in (source, target) else self._finish_block
         for number in reversed(range(len(outcomes))):  # last first: see `EvictionPolicy.touch`
             finish(flight, number, outcomes[number], now_ns)
+        for blocks, how in zip(flight.arriving, outcomes, strict=True):
+            if blocks and how is Outcome.ARRIVED and self.index.is_known(blocks[-1]):
+                self.grew(target, blocks[-1], len(blocks), now_ns)
 
     def _finish_pages(self, flight: Flight, number: int, outcome: Outcome, now_ns: int) -> None:
         move, transfer = flight.transfer.moves[number], flight.transfer
@@ -202,7 +215,7 @@ class Movement(Room):
         if outcome is Outcome.ARRIVED:
             target.publish(blocks)
             self._relocate(relocating, move, target)
-            self.policies[transfer.target].track(move.target, now_ns)
+            self.track(transfer.target, (move.target,), now_ns)
         else:
             self._count_failure(transfer, outcome)
             offsets = [source.place[b] % source.page_blocks for b in relocating]
@@ -266,7 +279,7 @@ class Movement(Room):
         page, goal = move.source // source.page_blocks, move.target // target.page_blocks
         if outcome is Outcome.ARRIVED:
             target.publish(blocks)
-            self.policies[transfer.target].track(goal, now_ns)
+            self.track(transfer.target, (goal,), now_ns)
             if transfer.target is TierId.HOST:
                 self.dirty.add(goal)
         else:

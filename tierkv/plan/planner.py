@@ -195,9 +195,11 @@ class Planner:
         for table in self.tables.values():
             table.grow(self.index.ids_end)
         blocks = ids[event.first :]
-        placed = self._fill(TierId.HOST, blocks, event.namespace, now_ns, out)
+        # Nothing of a chain goes for its own end, unless it goes to a lower tier.
+        spare = ids if TierId.COLD not in self.tables else ()
+        placed = self._fill(TierId.HOST, blocks, spare, event.namespace, now_ns, out)
         if TierId.DEVICE in self.tables:
-            self._fill(TierId.DEVICE, blocks, event.namespace, now_ns, out)
+            self._fill(TierId.DEVICE, blocks, (), event.namespace, now_ns, out)
         if placed is not None:
             self.movement.cancel_prefetches(out)
             out.append(ev.Short(placed, list(self.movement.flights)))
@@ -205,20 +207,28 @@ class Planner:
             self.movement.loose.extend(ids)  # what was not placed is known for nothing
 
     def _fill(
-        self, tier: TierId, blocks: Sequence[int], namespace: str, now_ns: int, out: Out
+        self,
+        tier: TierId,
+        blocks: Sequence[int],
+        spare: Sequence[int],
+        namespace: str,
+        now_ns: int,
+        out: Out,
     ) -> int | None:
         """Place what the tier lacks; gives the index of the first block left out, if any."""
         table = self.tables[tier]
         places = list(map(table.place.__getitem__, blocks))
         if not places or max(places) < 0:
             indices = list(range(len(blocks)))
+            spare = spare[: len(spare) - len(blocks)]  # the others are nowhere yet
         elif min(places) >= 0:
             return None
         else:
             indices = [number for number, at in enumerate(places) if at < 0]
         if not indices:
             return None
-        spans = self.movement.room(tier, len(indices), namespace, now_ns, out)
+        self.movement.expect(tier, map(blocks.__getitem__, indices))
+        spans = self.movement.room(tier, len(indices), namespace, now_ns, out, spare=spare)
         taken = sum([span.count for span in spans])
         if taken:
             if taken == len(blocks):
@@ -242,10 +252,11 @@ class Planner:
                 movement.unpin(tier, page)
             return
         table.publish(ticket.blocks)
-        policy, pins = movement.policies[tier], table.pins
-        for page in reversed(ticket.pages):
-            policy.track(page, now_ns)
+        pins = table.pins
+        movement.track(tier, reversed(ticket.pages), now_ns)
+        for page in ticket.pages:
             pins[page] -= 1  # it holds blocks, so it is not freed by this
+        movement.grew(tier, ticket.blocks[-1], len(ticket.blocks), now_ns)
         if tier is TierId.HOST:
             if TierId.COLD in self.tables:
                 movement.dirty.update(ticket.pages)
@@ -368,7 +379,7 @@ class Planner:
     ) -> None:
         lease = self._number()
         self.leases[lease] = record
-        self._touch_blocks(record.blocks, now_ns)
+        self.movement.touch(record.blocks, now_ns)
         prefetches = self.movement.prefetches
         if prefetches:
             for tier, page in record.pins:
@@ -379,7 +390,7 @@ class Planner:
     def _admit(self, event: ev.Admit, now_ns: int, out: Out) -> None:
         if TierId.DEVICE in self.tables:
             record = self.leases[event.lease]
-            self._fill(TierId.DEVICE, record.blocks, record.namespace, now_ns, out)
+            self._fill(TierId.DEVICE, record.blocks, (), record.namespace, now_ns, out)
 
     def _release(self, event: ev.Release, now_ns: int, out: Out) -> None:
         for tier, page in self.leases.pop(event.lease).pins:
@@ -391,14 +402,7 @@ class Planner:
 
     def _touch(self, event: ev.Touch, now_ns: int, out: Out) -> None:
         keys: list[BlockKey] = event.keys  # type: ignore[assignment]
-        self._touch_blocks(self.index.match(keys), now_ns)
-
-    def _touch_blocks(self, blocks: Sequence[int], now_ns: int) -> None:
-        """Use a chain in every tier, last page first: see `EvictionPolicy.touch`."""
-        for tier, table in self.tables.items():
-            size, place = table.page_blocks, table.place
-            pages = dict.fromkeys([place[b] // size for b in reversed(blocks)])
-            self.movement.policies[tier].touch(pages, now_ns)
+        self.movement.touch(self.index.match(keys), now_ns)
 
     # ---- transfers
 

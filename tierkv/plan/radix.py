@@ -86,6 +86,25 @@ class RadixIndex:
         above = node.parent
         return above.blocks[-1] if above is not None and above.blocks else ROOT
 
+    def chain(self, block: int) -> list[int]:
+        """The ids from a chain's first block to this one."""
+        node: Node | None = self._node(block)
+        parts = [self._node(block).blocks[: self._position[block] + 1]]
+        while (node := node.parent if node else None) is not None:
+            parts.append(node.blocks)
+        blocks: list[int] = []
+        for part in reversed(parts):
+            blocks += part
+        return blocks
+
+    def depth(self, block: int) -> int:
+        """How many blocks a chain has before this one."""
+        node: Node | None = self._node(block)
+        count = self._position[block]
+        while (node := node.parent if node else None) is not None:
+            count += len(node.blocks)
+        return count
+
     def is_leaf(self, block: int) -> bool:
         """Whether nothing known continues this block."""
         node = self._node(block)

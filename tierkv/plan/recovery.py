@@ -55,7 +55,7 @@ def take_over(
         _, offsets, blocks = per_page[number]
         cold.fill(blocks, [Span(i, number, o, 1) for i, o in enumerate(offsets)])
         cold.publish(blocks)
-        movement.policies[TierId.COLD].track(number, now_ns)
+        movement.track(TierId.COLD, (number,), now_ns)
 
 
 def _reachable(chosen: Mapping[bytes, Found], spec: PlanSpec) -> list[bytes]:

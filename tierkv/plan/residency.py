@@ -183,6 +183,11 @@ class TierTable:
         start = page * self.page_blocks
         return [b for b in self.block_at[start : start + self.page_blocks] if b != NO_PLACE]
 
+    def pages_of(self, blocks: Iterable[int]) -> dict[int, None]:
+        """The pages of these blocks, each once, in this order; -1 for those that have none."""
+        size, place = self.page_blocks, self.place
+        return dict.fromkeys([place[block] // size for block in blocks])
+
     def spans_of(self, places: Sequence[int]) -> list[Span]:
         """Join places that are consecutive within a page."""
         size = self.page_blocks

@@ -205,7 +205,7 @@ tiers:
     # {host_room}.
     # Lower it where the machine swaps or the engine is killed for memory.
     capacity: {host}
-    # Which pages leave first: lru, the least recently used. `tierkv config check` names others.
+    # Which pages leave first: lru, the least recently used; configs/reference.yaml tells others.
     policy: lru
     # auto or off. auto pins the arena where there is a CUDA device; off where memlock cannot be
     # raised (`tierkv doctor` says so): copies are slower then.

@@ -12,7 +12,8 @@ choice is in the name.
 
 To a policy a chunk is its slot in vLLM's tier. A prefix is touched leaf first when its request
 ends, so that it is given up from its end. What vLLM pins is not evictable, and an eviction takes
-all that it was asked for or changes nothing. Single owner: the scheduler's thread.
+all that it was asked for or changes nothing; so a policy may not refuse here, and learns what comes
+only when there is room for it. Single owner: the scheduler's thread.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus, order
 
 from tierkv.core.errors import ConfigError
 from tierkv.plan.policies import POLICIES
+from tierkv.plan.policies.base import About
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadKey, ReqContext
@@ -42,10 +44,11 @@ class TierKVCachePolicy(CachePolicy):  # type: ignore[misc]
 
     def __init__(self, cache_capacity: int) -> None:
         super().__init__(cache_capacity)
+        self._pages = cache_capacity
         self._clear()
 
     def _clear(self) -> None:
-        self._policy: EvictionPolicy = POLICIES.load(self.policy_name)()
+        self._policy: EvictionPolicy = POLICIES.load(self.policy_name)(self._pages)
         self._chunks: dict[OffloadKey, ChunkStatus] = {}
         self._keys: dict[int, OffloadKey] = {}
         self._evictable: set[OffloadKey] = set()
@@ -58,7 +61,8 @@ class TierKVCachePolicy(CachePolicy):  # type: ignore[misc]
         """A chunk was given a slot; it is the most recent."""
         self._chunks[key] = chunk
         self._keys[chunk.chunk_id] = key
-        self._policy.track(chunk.chunk_id, time.monotonic_ns())
+        self._policy.expect((key,))
+        self._policy.track(chunk.chunk_id, time.monotonic_ns(), About(key))
         if chunk.ref_cnt == 0:
             self._evictable.add(key)
 
@@ -91,7 +95,10 @@ class TierKVCachePolicy(CachePolicy):  # type: ignore[misc]
         if n > free:
             return None
         slots = self._policy.evict(
-            n, lambda slot: (key := self._keys[slot]) in self._evictable and key not in protected
+            n,
+            lambda slot: (key := self._keys[slot]) in self._evictable and key not in protected,
+            time.monotonic_ns(),
+            must=True,
         )
         assert len(slots) == n, "the policy lost track of a chunk"
         given_up = []
