@@ -146,9 +146,7 @@ def age(cache: Cache, now_s: float) -> None:
             groups[group].bin = bin_ + 1
             _list(cache, group)
             weight = groups[group].weight * groups[group].blocks
-            hazard.at_risk(
-                model, groups[group].segment, groups[group].levels, bin_ + 1, weight
-            )
+            hazard.at_risk(model, groups[group].segment, groups[group].levels, bin_ + 1, weight)
             if groups[group].place != NONE:
                 _rank(cache, group)
             group = cache.oldest[bin_]

@@ -125,7 +125,9 @@ def levels_of(features: Floats, levels: NDArray[np.uint8]) -> None:
 
 
 @njit(cache=True)
-def at_risk(model: Model, segment: int, levels: NDArray[np.uint8], bin_: int, weight: float) -> None:
+def at_risk(
+    model: Model, segment: int, levels: NDArray[np.uint8], bin_: int, weight: float
+) -> None:
     """Blocks of a group enter a bin unused."""
     model.risk[segment, bin_] += weight
     effects, whole = model.effects, 1.0
