@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +311,22 @@ def test_rubbish_is_a_message_not_a_traceback(suffix: str, tmp_path: Path) -> No
     path.write_bytes(b"PAR1 rubbish" * 100)
     with pytest.raises(ConfigError, match=path.name):
         open_trace(str(path))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("zstandard", "t.jsonl.zst"), ("polars", "t.parquet")]
+)
+def test_a_package_that_is_absent_is_named_with_its_cure(
+    module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = built([(0, [1, 2])])
+    write_trace(trace, tmp_path / name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"{module}: pip install 'tierkv-offload\[sim\]'"):
+        open_trace(str(tmp_path / name))
+    with pytest.raises(ConfigError, match=module):
+        write_trace(trace, tmp_path / f"other-{name}")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
