@@ -19,9 +19,9 @@ import math
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from tierkv.core.compiled import compiled
 from tierkv.plan import hazard
 from tierkv.plan.hazard import FACTORS, FEATURES, PAUSE_WEIGHT, SEGMENTS, Model
 
@@ -134,7 +134,7 @@ def new_cache(blocks: int, groups: int, ghosts_max: int) -> Cache:
 # ---- time
 
 
-@njit(cache=True)
+@compiled
 def age(cache: Cache, now_s: float) -> None:
     """Let groups enter the bins that they have reached."""
     model, groups = cache.model, cache.groups
@@ -152,7 +152,7 @@ def age(cache: Cache, now_s: float) -> None:
             group = cache.oldest[bin_]
 
 
-@njit(cache=True)
+@compiled
 def _list(cache: Cache, group: int) -> None:
     groups = cache.groups
     bin_ = groups[group].bin
@@ -165,7 +165,7 @@ def _list(cache: Cache, group: int) -> None:
     cache.newest[bin_] = group
 
 
-@njit(cache=True)
+@compiled
 def _unlist(cache: Cache, group: int) -> None:
     groups = cache.groups
     bin_, older, newer = groups[group].bin, groups[group].older, groups[group].newer
@@ -182,7 +182,7 @@ def _unlist(cache: Cache, group: int) -> None:
 # ---- candidates: groups that can be given up from
 
 
-@njit(cache=True)
+@compiled
 def _rank(cache: Cache, group: int) -> None:
     """Note what a group is worth while it is in its bin."""
     groups, ranks, edges = cache.groups, cache.ranks, cache.model.edges
@@ -202,7 +202,7 @@ def _rank(cache: Cache, group: int) -> None:
     ranks.due_s[place] = groups[group].due_s
 
 
-@njit(cache=True)
+@compiled
 def _unrank(cache: Cache, group: int) -> None:
     groups, ranks = cache.groups, cache.ranks
     place = groups[group].place
@@ -218,7 +218,7 @@ def _unrank(cache: Cache, group: int) -> None:
         groups[moved].place = place
 
 
-@njit(cache=True)
+@compiled
 def _least(cache: Cache, now_s: float) -> int:
     """The candidate that is worth least now; of equals the oldest."""
     ranks, groups = cache.ranks, cache.groups
@@ -238,7 +238,7 @@ def _least(cache: Cache, now_s: float) -> int:
 # ---- use
 
 
-@njit(cache=True)
+@compiled
 def use(cache: Cache, chain: Ints, whole: int, tokens: int, request: Request) -> None:
     """A request used all blocks of a chain, root first; all of them are resident now.
 
@@ -295,7 +295,7 @@ def use(cache: Cache, chain: Ints, whole: int, tokens: int, request: Request) ->
             start = stop_
 
 
-@njit(cache=True)
+@compiled
 def _take(cache: Cache, group: int, chain: Ints, start: int, stop: int) -> None:
     """Give ``chain[start:stop]`` to a new group."""
     blocks, groups, counts = cache.blocks, cache.groups, cache.counts
@@ -351,7 +351,7 @@ def _take(cache: Cache, group: int, chain: Ints, start: int, stop: int) -> None:
         _rank(cache, group)
 
 
-@njit(cache=True)
+@compiled
 def _forget(cache: Cache, group: int) -> None:
     """A group has no block left: its place is free."""
     _unlist(cache, group)
@@ -362,7 +362,7 @@ def _forget(cache: Cache, group: int) -> None:
 # ---- giving up
 
 
-@njit(cache=True)
+@compiled
 def shrink(cache: Cache, capacity: int, now_s: float) -> None:
     """Give up blocks until `capacity` are left."""
     counts, groups = cache.counts, cache.groups
@@ -376,8 +376,8 @@ def shrink(cache: Cache, capacity: int, now_s: float) -> None:
         _forget_ghosts(cache)
 
 
-@njit(cache=True)
-def _give_up(cache: Cache, group: int) -> int:
+@compiled
+def _give_up(cache: Cache, group: int) -> None:
     """Give up the last resident block of a group, which nothing resident continues."""
     blocks, groups = cache.blocks, cache.groups
     block = groups[group].tail
@@ -389,7 +389,7 @@ def _give_up(cache: Cache, group: int) -> int:
     groups[group].tail = parent
     if parent == NONE:
         _unrank(cache, group)
-        return block
+        return
     blocks[parent].children -= 1
     if not groups[group].resident:
         _unrank(cache, group)
@@ -398,10 +398,9 @@ def _give_up(cache: Cache, group: int) -> int:
             _rank(cache, above)
     elif blocks[parent].children:
         _unrank(cache, group)
-    return block
 
 
-@njit(cache=True)
+@compiled
 def _forget_ghosts(cache: Cache) -> None:
     """Forget the oldest ghosts, until an eighth of what is allowed is free again."""
     blocks, groups, counts = cache.blocks, cache.groups, cache.counts

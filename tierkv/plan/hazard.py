@@ -1,25 +1,25 @@
-"""Hazard: when, if ever, will what a request used be used again?
+"""Hazard: the chance that what a request used is used again, by how long ago that was.
 
 The predictor of `adaptive`. The age of a *group* (blocks that one request used last) runs from that
-use; ages are cut into bins, a constant factor wide. A group is at risk in each bin that it enters
-unused, and its reuse is an event of the bin it was in: ``hazard = events / risk``, the discrete
-survival analysis of Cox (1972). The hazard of a group is a product::
+use, in bins that grow by a constant factor. A group is at risk in each bin that it enters unused,
+and its reuse is an event of the bin that it is in: hazard = events / risk, as in discrete survival
+analysis (Cox, 1972). It is taken for a product::
 
-    baseline of its segment [bin]  x  effect of each of its levels [bin]
+    baseline of the group's segment [bin]  x  effect of each of its levels [bin]
 
-A level is a cut of one feature (`FEATURES`): turn, new tokens, share of them, answer, the last pause
-of its session and the usual one, why the answer ended. Effects are fitted by iterative proportional
-fitting in one pass: what is expected of a level's groups is summed as they age, by the effects of
-their other levels at that time. All tables decay by half every `HALF_LIFE` requests.
+A level is a cell of one factor (`FACTORS`): how far the session is and how much was new; the pause
+before and the length of the answer; the usual pause and why the answer ended. Effects are fitted by
+iterative proportional fitting in one pass: risk is summed as groups grow older, weighted by the
+effects of their other levels at that time. What was seen counts half every `HALF_LIFE` requests.
 
-Where little was seen a cell leans on what is known: a bin of the baseline on all segments, theirs on
-a hazard that falls with age; an effect on its own younger bins. An age that nobody reached yet must
-not look like a good one.
+Where little was seen a cell leans on what is known: the baseline of a segment on that of all, that
+on a hazard that falls with age, an effect on its own younger bins. An age that nobody reached yet
+must not look like a good one.
 
-`index` turns hazards into worth: the largest rate, over all horizons, of reuses per second of
-keeping (Gittins, 1979; as a cache's rank: LHD, NSDI 2018, section 3). A group whose reuse is due in
-a while is worth more than one whose reuse is not, however recent. Compiled by numba; a `Model` is a
-tuple of arrays, changed in place. Single owner.
+`worth` makes a rank of hazards: the largest rate, over all horizons, of reuses per second of
+keeping (Gittins, 1979; for caches: LHD, NSDI 2018, section 3). A group whose reuse is due soon is
+worth more than one whose reuse is not, however recent. A `Model` is arrays, changed in place.
+Single owner.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import math
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from tierkv.core.compiled import compiled
 
 Floats = NDArray[np.float64]
 
@@ -110,7 +111,7 @@ def new_model() -> Model:
     return model
 
 
-@njit(cache=True)
+@compiled
 def levels_of(features: Floats, levels: NDArray[np.uint8]) -> None:
     """Cut the features of a request, and cross them to the level of each factor."""
     for factor in range(len(levels)):
@@ -124,7 +125,7 @@ def levels_of(features: Floats, levels: NDArray[np.uint8]) -> None:
         levels[factor] = level
 
 
-@njit(cache=True)
+@compiled
 def at_risk(
     model: Model, segment: int, levels: NDArray[np.uint8], bin_: int, weight: float
 ) -> None:
@@ -139,7 +140,7 @@ def at_risk(
         model.level_risk[segment, feature, level, bin_] += weight * others
 
 
-@njit(cache=True)
+@compiled
 def used(model: Model, segment: int, levels: NDArray[np.uint8], bin_: int, weight: float) -> None:
     """Blocks of a group are used in the bin that it is in."""
     model.events[segment, bin_] += weight
@@ -147,7 +148,7 @@ def used(model: Model, segment: int, levels: NDArray[np.uint8], bin_: int, weigh
         model.level_events[segment, feature, levels[feature], bin_] += weight
 
 
-@njit(cache=True)
+@compiled
 def fit(model: Model, keep: float) -> None:
     """Let what was seen fade to `keep` of it, and make effects and baselines of it."""
     edges, bins = model.edges, len(model.edges) - 1
@@ -177,7 +178,7 @@ def fit(model: Model, keep: float) -> None:
         _fit_levels(model, segment, one)
 
 
-@njit(cache=True)
+@compiled
 def _fit_levels(model: Model, segment: int, one: float) -> None:
     low, high = math.exp(-_EFFECT_MAX), math.exp(_EFFECT_MAX)
     _, features, levels, bins = model.effects.shape
@@ -195,7 +196,7 @@ def _fit_levels(model: Model, segment: int, one: float) -> None:
                 expected = _RUN_DECAY * expected + risk
 
 
-@njit(cache=True)
+@compiled
 def worth(
     model: Model, segment: int, levels: NDArray[np.uint8], bin_: int, chances: Floats
 ) -> tuple[float, float]:
@@ -215,7 +216,7 @@ def worth(
     return first, _rate(model.edges, chances, bin_ + 1) if bin_ + 1 < bins else first
 
 
-@njit(cache=True)
+@compiled
 def _rate(edges: Floats, chances: Floats, bin_: int) -> float:
     best, alive, gain, cost = 0.0, 1.0, 0.0, 0.0
     for k in range(bin_, len(chances)):

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from tierkv.core.compiled import compiled
 from tierkv.plan import groups
 from tierkv.plan.groups import Cache, Request
 from tierkv.sim.trace import Trace
@@ -37,6 +37,21 @@ def adaptive_hits(
     ghosts_per_place: blocks that are remembered after they were given up, by capacity; None: all.
     """
     cache = adaptive_cache(trace, capacity, ghosts_per_place)
+    return replay_into(cache, trace, capacity, hints=hints)
+
+
+def adaptive_cache(trace: Trace, capacity: int, ghosts_per_place: float | None) -> Cache:
+    """An empty cache with room for the groups and ghosts that this trace can leave."""
+    ghosts = trace.unique_blocks if ghosts_per_place is None else int(ghosts_per_place * capacity)
+    longest = int(np.diff(trace.starts).max(initial=0))
+    held = min(trace.unique_blocks, capacity + ghosts + 2 * longest)
+    cache = groups.new_cache(trace.unique_blocks, min(held, 3 * trace.requests) + 4, ghosts)
+    cache.blocks["parent"] = trace.parents
+    return cache
+
+
+def replay_into(cache: Cache, trace: Trace, capacity: int, *, hints: bool = False) -> Hits:
+    """As `adaptive_hits`, in a cache that was made for the trace."""
     now_s = trace.arrival_ns / 1e9
     stops, due_s = np.zeros(trace.requests, np.int64), np.full(trace.requests, -1.0)
     if hints:
@@ -56,17 +71,7 @@ def adaptive_hits(
     )
 
 
-def adaptive_cache(trace: Trace, capacity: int, ghosts_per_place: float | None) -> Cache:
-    """An empty cache with room for the groups and ghosts that this trace can leave."""
-    ghosts = trace.unique_blocks if ghosts_per_place is None else int(ghosts_per_place * capacity)
-    longest = int(np.diff(trace.starts).max(initial=0))
-    held = min(trace.unique_blocks, capacity + ghosts + 2 * longest)
-    cache = groups.new_cache(trace.unique_blocks, min(held, 3 * trace.requests) + 4, ghosts)
-    cache.blocks["parent"] = trace.parents
-    return cache
-
-
-@njit(cache=True)
+@compiled
 def _adaptive(
     cache: Cache,
     starts: NDArray[np.int64],
@@ -94,7 +99,7 @@ def _adaptive(
     return hits
 
 
-@njit(cache=True)
+@compiled
 def _lru(starts: NDArray[np.int64], blocks: NDArray[np.int32], unique: int, capacity: int) -> Hits:
     newer, older = np.full(unique + 1, unique, np.int32), np.full(unique + 1, unique, np.int32)
     is_resident = np.zeros(unique, np.uint8)
