@@ -1,0 +1,1 @@
+"""The offline simulator: traces, replays, costs and the optimum."""
