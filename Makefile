@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: demo test check bench reliability reliability-canaries coverage mutation \
-	vllm engines engines-test engines-all clean
+	conformance vllm engines engines-test engines-all clean
 .DEFAULT_GOAL := test
 
 # torch first and pinned: 2.13.0 is the CPU build here, a loose range pulls gigabytes.
@@ -79,6 +79,11 @@ PIP := -m pip install --quiet --disable-pip-version-check
 		'transformers>=5.4' uvicorn httptools cachetools hypothesis -e .
 	$(LMCACHE)/python $(PIP) --no-deps lmcache==0.5.6
 	touch $@
+
+# Our replay against other simulators; skipped by `make test` where they are not installed.
+conformance: $(READY)
+	$(BIN)/python $(PIP) -e '.[conformance]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_conformance.py $(ARGS)
 
 vllm: $(READY) .venv-vllm/.ready
 

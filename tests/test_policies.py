@@ -160,6 +160,13 @@ class TestMQ(PolicyTests):
         cache.use(range(200, 240))
         assert 1 not in cache.held, "it stays for ever"
 
+    def test_the_life_of_a_page_is_the_distance_at_which_pages_come_back(self) -> None:
+        cache = Cache(MQ(8), 8)
+        cache.use([*range(32)] * 3)  # each comes back, as a ghost, after 32 uses
+        cache.use([1] * 3)
+        cache.use(range(200, 225))
+        assert 1 in cache.held, "it sank after eight uses of others"
+
     def test_what_comes_back_has_its_frequency(self) -> None:
         cache = Cache(MQ(4), 4)
         cache.use([1] * 8)

@@ -55,8 +55,8 @@ VALUES = ("arg_removal", "assignment", "dict_arguments")
 #: Which tests matter for which module, the longest name that fits counts. What stands before the
 #: bar is quick and runs first: the rest need not be collected where it finds the mutant.
 TESTS = {
-    "tierkv/plan/": "plan_tables planner_moments planner radix policies | zero_freed store "
-    "store_edges store_staged",
+    "tierkv/plan/": "plan_tables planner_moments planner_policies planner radix policies | "
+    "zero_freed store store_edges store_staged",
     "tierkv/tiers/accelerator.py": "accelerator unified | driver host_arena slab",
     "tierkv/tiers/device.py": "memory_tiers slab tier_edges | store_staged zero_freed layers",
     "tierkv/tiers/slab.py": "slab | memory_tiers",

@@ -79,11 +79,11 @@ class ARC(Named):
             if page is not None:
                 del queue[page]
                 ghosts.add(self._names[page], True)
-                self._trim()
                 return page
         return None
 
     def _trim(self) -> None:
+        """Only an arrival makes them too many: what is given up becomes a ghost."""
         once, again = self._left_once, self._left_again
         recent = self._once.size + len(once)
         while len(once) and recent > self.pages:
