@@ -256,14 +256,7 @@ def use(cache: Cache, chain: Ints, whole: int, tokens: int, request: Request) ->
     seen = 0
     while seen < count and blocks[chain[seen]].group != NONE:
         seen += 1
-    turn, last, usual = 0, -1.0, -1.0
-    if seen:
-        before = blocks[chain[seen - 1]].group
-        if seen >= groups[before].length - 1:
-            turn = groups[before].turn + 1
-            last = math.log(1.0 + now_s - groups[before].time_s)
-            usual = groups[before].usual
-            usual = last if usual < 0 else usual + PAUSE_WEIGHT * (last - usual)
+    turn, last, usual = _session(cache, chain, seen, now_s)
     features, levels = np.empty(len(FEATURES)), np.empty(len(FACTORS), np.uint8)
     new = (count - seen) * tokens
     features[0], features[1], features[2] = turn, new, answer_tokens
@@ -278,11 +271,11 @@ def use(cache: Cache, chain: Ints, whole: int, tokens: int, request: Request) ->
     shared = whole
     while shared and blocks[chain[shared - 1]].branches < 2:
         shared -= 1
+    made = np.full(SEGMENTS, NONE, np.int32)
     start = 0
-    for segment in range(SEGMENTS):
-        stop_ = shared if segment == 0 else (whole if segment == 1 else count)
+    for segment, stop_ in enumerate((shared, whole, count)):
         if stop_ > start:
-            group = counts[FREE]
+            group = made[segment] = counts[FREE]
             counts[FREE] = groups[group].older
             groups[group].time_s, groups[group].due_s = now_s, due_s
             groups[group].segment = segment
@@ -293,6 +286,26 @@ def use(cache: Cache, chain: Ints, whole: int, tokens: int, request: Request) ->
             groups[group].last, groups[group].usual = last, usual
             _take(cache, group, chain, start, stop_)
             start = stop_
+    for group in made:  # when all are there, as one may go on where another ends
+        if group != NONE and not blocks[groups[group].tail].children:
+            _rank(cache, int(group))
+
+
+@compiled
+def _session(cache: Cache, chain: Ints, seen: int, now_s: float) -> tuple[int, float, float]:
+    """Turn, last and usual pause of a request of whose chain so many blocks were seen before.
+
+    It goes on with a session if those are all that an earlier request had, but for its last block.
+    """
+    groups = cache.groups
+    if not seen:
+        return 0, -1.0, -1.0
+    before = cache.blocks[chain[seen - 1]].group
+    if seen < groups[before].length - 1:
+        return 0, -1.0, -1.0
+    last, usual = math.log(1.0 + now_s - groups[before].time_s), float(groups[before].usual)
+    usual = last if usual < 0 else usual + PAUSE_WEIGHT * (last - usual)
+    return groups[before].turn + 1, last, usual
 
 
 @compiled
@@ -347,8 +360,6 @@ def _take(cache: Cache, group: int, chain: Ints, start: int, stop: int) -> None:
             _forget(cache, before)
     counts[RESIDENT] += arrived
     _list(cache, group)
-    if not blocks[groups[group].tail].children:
-        _rank(cache, group)
 
 
 @compiled
