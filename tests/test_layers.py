@@ -31,7 +31,7 @@ HEAVY_PLACES = (
 )
 
 #: All that core may use beside the standard library.
-CORE_OUTSIDE = {"numpy", "msgspec", "xxhash"}
+CORE_OUTSIDE = {"numpy", "msgspec", "numba", "xxhash"}
 
 
 def module_of(path: Path) -> str:

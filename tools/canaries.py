@@ -134,8 +134,8 @@ CANARIES = (
     Canary(
         "parents are evicted before their children",
         "tierkv/plan/planner.py",
-        "        for page in reversed(ticket.pages):\n",
-        "        for page in ticket.pages:\n",
+        "        movement.track(tier, reversed(ticket.pages), now_ns)\n",
+        "        movement.track(tier, ticket.pages, now_ns)\n",
         Tests("tests/test_planner.py", "eviction"),
     ),
     Canary(
