@@ -180,7 +180,7 @@ def regret_rows(traces: Traces) -> list[Row]:
     rows = []
     for what, found, reach in (("half", halves, -0.3), ("twentieth", windows, -2.0)):
         worst, where = min(found)
-        rows.append(Row(f"worst {what} against LRU", worst, reach, True, "points", where))
+        rows.append(Row(f"worst {what} against LRU", float(worst), reach, True, "points", where))
     return rows
 
 
