@@ -7,8 +7,8 @@ share with NVMe for all; the cheaper is the answer.
 
 Curves of policies other than LRU are replays at a few sizes: of the whole trace where that is soon
 done, else of a sample, which has sessions too few to stand for all. But the sample's LRU is known,
-and so is the trace's, both exactly: what is taken from the sample is only how far the policy is from
-LRU (a control variate). The error against full replays at two sizes is measured and stated.
+and so is the trace's, both exactly: what is taken from the sample is only how far the policy is
+from LRU (a control variate). The error against full replays at two sizes is measured and stated.
 """
 
 from __future__ import annotations

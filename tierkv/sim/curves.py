@@ -16,8 +16,9 @@ blocks that came into the sample, trunk included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import xxhash
@@ -26,6 +27,8 @@ from numpy.typing import NDArray
 
 from tierkv.sim.densify import dense_order
 from tierkv.sim.trace import Trace
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., object])
 
 #: A block belongs to the trunk if more than this share of requests refers to it.
 TRUNK_SHARE: Final = 0.01
@@ -78,7 +81,13 @@ def lru_curve(trace: Trace, first: float = 0.0, last: float = 1.0) -> Curve:
     return Curve(steps, np.cumsum(tokens_at[steps]) / total, True)
 
 
-@njit(cache=True)
+def _compiled(function: _FunctionT) -> _FunctionT:
+    """Numba's decorator, with types."""
+    compiled: _FunctionT = njit(cache=True)(function)
+    return compiled
+
+
+@_compiled
 def _lru_tokens(
     starts: NDArray[np.int64],
     blocks: NDArray[np.int32],
@@ -88,10 +97,7 @@ def _lru_tokens(
 ) -> NDArray[np.int64]:
     """Tokens that are hit from this size on: (unique + 1,), by distance in blocks."""
     block_tokens, low, high = part
-    longest = 0
-    for request in range(len(starts) - 1):
-        longest = max(longest, starts[request + 1] - starts[request])
-    slots = 2 * unique + longest + 1
+    slots = 2 * unique + 1  # a request names no block twice
     tree = np.zeros(slots + 1, np.int32)  # marked slots, after Fenwick
     owner = np.full(slots, -1, np.int32)
     slot_of = np.full(unique, -1, np.int32)
@@ -104,47 +110,61 @@ def _lru_tokens(
             slot = slot_of[blocks[at]]
             if slot < 0:
                 break
-            before, place = 0, slot
-            while place > 0:
-                before += tree[place]
-                place -= place & -place
-            farthest = max(farthest, marked - before)
+            farthest = max(farthest, marked - _marked_before(tree, slot))
             if low <= request < high:
                 begins = (at - start) * block_tokens
                 tokens_at[farthest] += max(0, min(block_tokens, input_tokens[request] - begins))
         if used + stop - start > slots:
-            used = 0
-            for slot in range(slots):
-                block = owner[slot]
-                if block >= 0:
-                    owner[slot] = -1
-                    owner[used], slot_of[block] = block, used
-                    used += 1
-            tree[:] = 0
-            for place in range(1, used + 1):
-                tree[place] = 1
-            for place in range(1, slots + 1):
-                above = place + (place & -place)
-                if above <= slots:
-                    tree[above] += tree[place]
+            used = _renumber(tree, owner, slot_of)
         for at in range(stop - 1, start - 1, -1):
             block = blocks[at]
             slot = slot_of[block]
             if slot >= 0:
                 owner[slot] = -1
-                place = slot + 1
-                while place <= slots:
-                    tree[place] -= 1
-                    place += place & -place
+                _mark(tree, slot, -1)
             else:
                 marked += 1
             owner[used], slot_of[block] = block, used
+            _mark(tree, used, 1)
             used += 1
-            place = used
-            while place <= slots:
-                tree[place] += 1
-                place += place & -place
     return tokens_at
+
+
+@_compiled
+def _marked_before(tree: NDArray[np.int32], slot: int) -> int:
+    count = 0
+    while slot > 0:
+        count += tree[slot]
+        slot -= slot & -slot
+    return count
+
+
+@_compiled
+def _mark(tree: NDArray[np.int32], slot: int, by: int) -> None:
+    place = slot + 1
+    while place < len(tree):
+        tree[place] += by
+        place += place & -place
+
+
+@_compiled
+def _renumber(tree: NDArray[np.int32], owner: NDArray[np.int32], slot_of: NDArray[np.int32]) -> int:
+    """Move all marks to the first slots, in order; how many there are."""
+    used = 0
+    for slot in range(len(owner)):
+        block = owner[slot]
+        if block >= 0:
+            owner[slot] = -1
+            owner[used], slot_of[block] = block, used
+            used += 1
+    tree[:] = 0
+    for place in range(1, len(tree)):
+        if place <= used:
+            tree[place] += 1
+        above = place + (place & -place)
+        if above < len(tree):
+            tree[above] += tree[place]
+    return used
 
 
 def sampled(trace: Trace, share: float, seed: int = 0) -> Trace:

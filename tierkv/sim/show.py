@@ -55,8 +55,9 @@ def facts(study: Study) -> list[str]:
     trace = study.trace
     lines = [
         f"trace     {trace.name} ({trace.facts.format})",
-        f"          {trace.requests:,} requests in {trace.duration:,.0f} s, {trace.references:,} "
-        f"references to {trace.unique_blocks:,} blocks of {trace.block_tokens} tokens",
+        f"          {trace.requests:,} requests in {trace.duration:,.0f} s",
+        f"          {trace.references:,} references to {trace.unique_blocks:,} blocks of "
+        + f"{trace.block_tokens} tokens",
         *(f"made up   {text}" for text in trace.facts.synthesised),
     ]
     if trace.facts.bad_lines:

@@ -209,7 +209,9 @@ def timeline(trace: Trace, cell: Cell) -> NDArray[np.float64]:
     places = trace.arrival_ns // span
     hit = np.bincount(places, cell.hit_tokens, BINS)
     asked = np.bincount(places, trace.input_tokens, BINS)
-    return np.divide(hit, asked, out=np.full(BINS, np.nan), where=asked > 0)
+    ratios = np.full(BINS, np.nan)
+    np.divide(hit, asked, out=ratios, where=asked > 0)
+    return ratios
 
 
 def _reachable(trace: Trace, part: Part) -> float:

@@ -24,11 +24,11 @@ _PROMISED: Final = (
 
 
 def load_policy(program: str) -> type[EvictionPolicy]:
-    """The class that `FILE.py:CLASS` names. Raises ConfigError where there is none, or no policy."""
+    """The class that `FILE.py:CLASS` names. Raises ConfigError where it is no policy."""
     path, name = split_program(program)
     try:
         module = _run_file(path)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the program raises
         raise ConfigError(told(path, error)) from None
     found = getattr(module, name, None)
     if not isinstance(found, type):
