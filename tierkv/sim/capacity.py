@@ -13,7 +13,7 @@ from LRU (a control variate). The error against full replays at two sizes is mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -26,11 +26,6 @@ from tierkv.sim.curves import Curve, lru_curve, sampled
 from tierkv.sim.study import Kind, Part, hits_of
 from tierkv.sim.sweep import ADAPTIVE, BASE
 from tierkv.sim.trace import Trace
-
-#: US dollars a GiB, to buy; of the order of server parts, to be overridden by one's own.
-PRICE_DRAM: Final = 5.0
-PRICE_NVME: Final = 0.15
-DRAM_SHARE: Final = 0.5
 
 #: Sizes of a sampled curve, as shares of the unique blocks, and those of them replayed whole.
 POINTS: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.25, 0.5, 1.0)
@@ -57,12 +52,17 @@ class PolicyCurve:
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
-    """What tiers cost, in dollars a GiB, and which part of the hits DRAM has to serve."""
+class Target:
+    """What is wanted: a hit ratio for a model, at these dollars a GiB.
 
-    dram: float = PRICE_DRAM
-    nvme: float = PRICE_NVME
-    dram_share: float = DRAM_SHARE
+    dram_share: which part of the hits DRAM has to serve.
+    """
+
+    hit: float
+    price_dram: float
+    price_nvme: float
+    dram_share: float
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,8 @@ class Plan:
 
     trace_name: str
     part: str
-    target: float
-    model: str
+    target: Target
     block_bytes: int
-    prices: Prices
     answers: tuple[Answer, ...]
     curves: tuple[PolicyCurve, ...]
 
@@ -99,12 +97,16 @@ class Plan:
             "tierkv": __version__,
             "trace": self.trace_name,
             "scored": self.part,
-            "target_hit": self.target,
-            "model": self.model,
+            "target": asdict(self.target),
             "block_bytes": self.block_bytes,
-            "prices": asdict(self.prices),
             "answers": [
-                {**asdict(answer), "sampled": curve.sampled, "error": curve.error}
+                {
+                    **asdict(answer),
+                    "is_exact": curve.curve.is_exact,
+                    "sampled": curve.sampled,
+                    "error": curve.error,
+                    "checked_blocks": curve.checked,
+                }
                 for answer, curve in rows
             ],
         }
@@ -114,17 +116,20 @@ def run_plan(
     trace: Trace,
     kinds: Sequence[Kind],
     part: Part,
-    target: float,
-    model: str,
-    prices: Prices,
-    hints: bool,
+    target: Target,
+    *,
+    hints: bool = False,
+    tell: Callable[[str, int, int], None] = lambda _name, _done, _all: None,
 ) -> Plan:
     """The cheapest tiers for LRU and for every policy that was asked for."""
-    block_bytes = model_geometry(model).token_bytes * trace.block_tokens
+    block_bytes = model_geometry(target.model).token_bytes * trace.block_tokens
     everyone = [Kind(BASE), *(kind for kind in kinds if kind.name != BASE)]
-    curves = tuple(policy_curve(trace, kind, part, hints=hints) for kind in everyone)
-    answers = tuple(cheapest(curve, target, block_bytes, prices) for curve in curves)
-    return Plan(trace.name, part.name, target, model, block_bytes, prices, answers, curves)
+    curves = []
+    for number, kind in enumerate(everyone, 1):
+        curves.append(policy_curve(trace, kind, part, hints=hints))
+        tell(kind.name, number, len(everyone))
+    answers = tuple(cheapest(curve, target, block_bytes) for curve in curves)
+    return Plan(trace.name, part.name, target, block_bytes, answers, tuple(curves))
 
 
 def policy_curve(
@@ -167,17 +172,17 @@ def _rising(sizes: list[int], ratios: list[float]) -> Curve:
     return Curve(np.array(sizes, np.int64), np.maximum.accumulate(ratios), False)
 
 
-def cheapest(found: PolicyCurve, target: float, block_bytes: int, prices: Prices) -> Answer:
-    """The cheapest of DRAM alone and DRAM with NVMe that hits `target` of the prompt tokens."""
+def cheapest(found: PolicyCurve, target: Target, block_bytes: int) -> Answer:
+    """The cheaper of DRAM alone, and DRAM with NVMe, that reaches the target."""
     reachable = float(found.curve.ratios[-1]) if len(found.curve.ratios) else 0.0
-    whole = found.curve.smallest(target)
+    whole = found.curve.smallest(target.hit)
     if whole is None:
         return Answer(found.policy, reachable)
-    fast = found.curve.smallest(target * prices.dram_share) if prices.dram_share > 0 else 0
+    fast = found.curve.smallest(target.hit * target.dram_share) if target.dram_share > 0 else 0
     fast = whole if fast is None else min(fast, whole)
 
     def cost(dram: int, nvme: int) -> float:
-        return (dram * prices.dram + nvme * prices.nvme) * block_bytes / GIB
+        return (dram * target.price_dram + nvme * target.price_nvme) * block_bytes / GIB
 
     dram, nvme = min([(whole, 0), (fast, whole)], key=lambda sizes: cost(*sizes))
     return Answer(found.policy, reachable, dram, nvme, cost(dram, nvme))

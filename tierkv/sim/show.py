@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 _WIDE: Final = 160
 
 
-def table(study: Study) -> None:
+def study(result: Study, *, as_json: bool) -> None:
     """Print a study."""
+    if as_json:
+        typer.echo(json.dumps(as_table(result), indent=2))
+    else:
+        _table(result)
+
+
+def _table(study: Study) -> None:
     console = _console()
     for line in facts(study):
         console.print(escape(line))
@@ -53,11 +60,12 @@ def table(study: Study) -> None:
 def facts(study: Study) -> list[str]:
     """What was replayed, and what of it was made up."""
     trace = study.trace
+    unique = f"{trace.unique_blocks:,} blocks of {trace.block_tokens} tokens"
+    blocks = f"{trace.references:,} references to {unique}"
     lines = [
         f"trace     {trace.name} ({trace.facts.format})",
         f"          {trace.requests:,} requests in {trace.duration:,.0f} s",
-        f"          {trace.references:,} references to {trace.unique_blocks:,} blocks of "
-        + f"{trace.block_tokens} tokens",
+        f"          {blocks}",
         *(f"made up   {text}" for text in trace.facts.synthesised),
     ]
     if trace.facts.bad_lines:
@@ -183,16 +191,16 @@ def plan(found: Plan, *, as_json: bool) -> None:
         typer.echo(json.dumps(found.as_table(), indent=2))
         return
     console = _console()
-    prices = found.prices
+    target = found.target
     console.print(
         escape(
-            f"{found.trace_name}: {found.target:.1%} of the prompt tokens of its {found.part}, "
-            f"{found.model} ({format_bytes(found.block_bytes)} a block)"
+            f"{found.trace_name}: {target.hit:.1%} of the prompt tokens of its {found.part}, "
+            f"{target.model} ({format_bytes(found.block_bytes)} a block)"
         )
     )
     console.print(
-        f"prices: DRAM ${prices.dram:g} and NVMe ${prices.nvme:g} a GiB; "
-        f"DRAM serves at least {prices.dram_share:.0%} of the hits"
+        f"prices: DRAM ${target.price_dram:g} and NVMe ${target.price_nvme:g} a GiB; "
+        f"DRAM serves at least {target.dram_share:.0%} of the hits"
     )
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("policy", "DRAM", "NVMe", "cost", "curve"):

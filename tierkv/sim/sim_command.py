@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
@@ -17,9 +17,10 @@ from tierkv.core.models import model_geometry
 from tierkv.core.registry import known_name
 from tierkv.core.units import parse_percent, parse_size
 from tierkv.sim.commands import FormatName, SettingWords, Strict, setting_words
+from tierkv.sim.source import needed
 
 if TYPE_CHECKING:
-    from tierkv.sim.study import Kind, Size, Study
+    from tierkv.sim.study import Kind, Part, Size, Study
     from tierkv.sim.trace import Trace
 
 SIZES: Final = "1%,2%,5%,10%"
@@ -29,102 +30,133 @@ POLICIES_SHOWN: Final = "adaptive,ttl"
 MODEL: Final = "llama-3-8b"
 _SIZES_MAX: Final = 64
 
+#: US dollars a GiB, to buy; of the order of server parts, to be overridden by one's own.
+PRICE_DRAM: Final = 5.0
+PRICE_NVME: Final = 0.15
+#: Of the hits of a plan.
+DRAM_SHARE: Final = 0.5
+
+
+TraceSpec: TypeAlias = Annotated[
+    str, typer.Option("--trace", metavar="PATH", help="A file, a directory, or builtin:NAME.")
+]
+Names: TypeAlias = Annotated[
+    str, typer.Option("--policies", metavar="NAMES", help="With commas between them, or all.")
+]
+Programs: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--policy", metavar="FILE.py:CLASS", help="Run one of your own; repeatable."),
+]
+Sizes: TypeAlias = Annotated[
+    str, typer.Option(metavar="SIZES", help="Like 1%,8GiB,1000blocks; % of unique blocks.")
+]
+ModelName: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="NAME[:tpN][:DTYPE]", help="For sizes in bytes.")
+]
+Hints: TypeAlias = Annotated[
+    str, typer.Option(metavar="on|off", help="Tell adaptive what an engine could hint.")
+]
+Half: TypeAlias = Annotated[
+    str, typer.Option(metavar="second|first|all", help="The requests that are scored.")
+]
+Jobs: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Processes; as many as seem worth it.")
+]
+Out: TypeAlias = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Write a report, one file.")
+]
+TableFile: TypeAlias = Annotated[
+    Path | None, typer.Option(metavar="FILE.parquet", help="Write every figure.")
+]
+PlotFile: TypeAlias = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw hits by size.")
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+IsPlan: TypeAlias = Annotated[
+    bool, typer.Option("--plan", help="Say the cheapest tiers that reach --target-hit.")
+]
+Ratio: TypeAlias = Annotated[
+    float, typer.Option(min=0.0, max=1.0, metavar="RATIO", help="With --plan: of prompt tokens.")
+]
+Price: TypeAlias = Annotated[
+    float, typer.Option(min=0.0, metavar="X", help="With --plan: dollars a GiB.")
+]
+DramShare: TypeAlias = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, metavar="RATIO", help="With --plan: of hits, by DRAM."),
+]
+
 
 def sim(
     *,
-    trace: Annotated[
-        str, typer.Option("--trace", metavar="PATH", help="As for `tierkv trace info`.")
-    ] = "builtin:agents",
+    trace: TraceSpec = "builtin:agents",
     trace_format: FormatName = None,
     setting: SettingWords = None,
-    policies: Annotated[
-        str, typer.Option(metavar="NAMES", help="Names with commas between them, or all.")
-    ] = POLICIES_SHOWN,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE.py:CLASS", help="A policy of your own; it is run. Repeatable."),
-    ] = None,
-    sizes: Annotated[
-        str, typer.Option(metavar="SIZES", help="Like 1%,8GiB,1000blocks; % of unique blocks.")
-    ] = SIZES,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME[:tpN][:DTYPE]", help="For sizes in bytes.")
-    ] = None,
-    hints: Annotated[
-        str, typer.Option(metavar="on|off", help="Tell adaptive what an engine could hint.")
-    ] = "off",
-    half: Annotated[
-        str, typer.Option(metavar="second|first|all", help="The requests that are scored.")
-    ] = "second",
-    jobs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Processes; as the trace needs.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report.")] = None,
-    save_table: Annotated[
-        Path | None, typer.Option(metavar="FILE.parquet", help="Write the cells.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the hits.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    policies: Names = POLICIES_SHOWN,
+    policy: Programs = None,
+    sizes: Sizes = SIZES,
+    model: ModelName = None,
+    hints: Hints = "off",
+    half: Half = "second",
+    jobs: Jobs = None,
+    out: Out = None,
+    save_table: TableFile = None,
+    plot: PlotFile = None,
+    as_json: AsJson = False,
     strict: Strict = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say the cheapest tiers for --target-hit.")
-    ] = False,
-    target_hit: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="RATIO", help="With --plan.")
-    ] = 0.8,
-    price_dram: Annotated[
-        float, typer.Option(min=0.0, metavar="X", help="With --plan: dollars a GiB.")
-    ] = 5.0,
-    price_nvme: Annotated[
-        float, typer.Option(min=0.0, metavar="Y", help="With --plan: dollars a GiB.")
-    ] = 0.15,
-    dram_share: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="With --plan: of the hits, served by DRAM.")
-    ] = 0.5,
+    plan: IsPlan = False,
+    target_hit: Ratio = 0.8,
+    price_dram: Price = PRICE_DRAM,
+    price_nvme: Price = PRICE_NVME,
+    dram_share: DramShare = DRAM_SHARE,
 ) -> None:
     """Replay a trace through one tier at several sizes, and say what each policy makes of it.
 
     Hits are prompt tokens of the longest prefix that is there when a request comes. Beside each
     policy are LRU, the optimum, and how much of the gap between them the policy closes.
     """
-    from tierkv.sim import show, study
+    from tierkv.sim import show
     from tierkv.sim.opening import open_trace
+    from tierkv.sim.study import run_study
 
-    kinds = _kinds(policies, policy or [])
-    part = study.PARTS.get(half)
-    if part is None:
-        raise ConfigError(f"--half {half!r}: second, first or all")
-    if hints not in ("on", "off"):
-        raise ConfigError(f"--hints {hints!r}: on or off")
-    _can_write(out, save_table, plot)
-    asked = _asked_sizes(sizes, model, is_plan=plan)
+    kinds, part = _kinds(policies, policy or []), _part(half)
+    is_told = _is_on(hints)
+    files = _Files(out, save_table, plot)
+    files.check(is_plan=plan)
+    asked = _asked_sizes(sizes, model)
     words = setting_words(setting)
     opened = open_trace(trace, format=trace_format, settings=words, strict=strict)
     if not opened.references:
         raise ConfigError(f"{trace}: there is no whole block in it to replay")
     if plan:
-        from tierkv.sim.capacity import Prices, run_plan
+        from tierkv.sim.capacity import Target, run_plan
 
-        prices = Prices(price_dram, price_nvme, dram_share)
-        found = run_plan(opened, kinds, part, target_hit, model or MODEL, prices, hints == "on")
+        target = Target(target_hit, price_dram, price_nvme, dram_share, model or MODEL)
+        with _progress() as tell:
+            found = run_plan(opened, kinds, part, target, hints=is_told, tell=tell)
         show.plan(found, as_json=as_json)
         return
+    measured = [size(opened) for size in asked]
     with _progress() as tell:
-        result = study.run_study(
-            opened,
-            kinds,
-            [size(opened) for size in asked],
-            part,
-            hints=hints == "on",
-            model=model,
-            processes=jobs,
-            tell=tell,
+        result = run_study(
+            opened, kinds, measured, part, hints=is_told, model=model, processes=jobs, tell=tell
         )
-    _write(result, out, save_table, plot)
-    if as_json:
-        typer.echo(json.dumps(show.as_table(result), indent=2))
-    else:
-        show.table(result)
+    files.write(result)
+    show.study(result, as_json=as_json)
+
+
+def _part(half: str) -> Part:
+    from tierkv.sim.study import PARTS
+
+    if half not in PARTS:
+        raise ConfigError(f"--half {half!r}: second, first or all")
+    return PARTS[half]
+
+
+def _is_on(hints: str) -> bool:
+    if hints not in ("on", "off"):
+        raise ConfigError(f"--hints {hints!r}: on or off")
+    return hints == "on"
 
 
 def _kinds(names: str, programs: Sequence[str]) -> list[Kind]:
@@ -153,13 +185,13 @@ def _kinds(names: str, programs: Sequence[str]) -> list[Kind]:
     return list(by_name.values())
 
 
-def _asked_sizes(text: str, model: str | None, *, is_plan: bool) -> list[Callable[[Trace], Size]]:
+def _asked_sizes(text: str, model: str | None) -> list[Callable[[Trace], Size]]:
     """Makes sizes of words, as far as that goes without the trace. Raises ConfigError."""
     token_bytes = None if model is None else model_geometry(model).token_bytes
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words or len(words) > _SIZES_MAX:
         raise ConfigError(f"--sizes: give 1 to {_SIZES_MAX} of them, like {SIZES}")
-    return [] if is_plan else [_size(word, token_bytes) for word in words]
+    return [_size(word, token_bytes) for word in words]
 
 
 def _size(word: str, token_bytes: int | None) -> Callable[[Trace], Size]:
@@ -192,40 +224,51 @@ def _size(word: str, token_bytes: int | None) -> Callable[[Trace], Size]:
     return size
 
 
-def _can_write(out: Path | None, save_table: Path | None, plot: Path | None) -> None:
-    """Complain before the work, not after it."""
-    endings = {"--out": (out, ".html"), "--save-table": (save_table, ".parquet")}
-    for option, (path, ending) in {**endings, "--plot": (plot, ".png")}.items():
-        if path is None:
-            continue
-        if path.suffix != ending:
-            raise ConfigError(f"{option} {path}: the name has to end in {ending}")
-        if not path.parent.is_dir():
-            raise ConfigError(f"{option} {path}: no such directory")
-    if save_table is not None:
-        from tierkv.sim.source import needed
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What shall be written."""
 
-        needed("polars")
-    if plot is not None:
-        from tierkv.sim.show import pyplot
+    out: Path | None
+    save_table: Path | None
+    plot: Path | None
 
-        pyplot()
+    def check(self, *, is_plan: bool) -> None:
+        """Complain before the work, not after it."""
+        asked = {
+            ("--out", ".html"): self.out,
+            ("--save-table", ".parquet"): self.save_table,
+            ("--plot", ".png"): self.plot,
+        }
+        for (option, ending), path in asked.items():
+            if path is None:
+                continue
+            if is_plan:
+                raise ConfigError(f"{option}: --plan writes no file; it knows --json")
+            if path.suffix != ending:
+                raise ConfigError(f"{option} {path}: the name has to end in {ending}")
+            if not path.parent.is_dir():
+                raise ConfigError(f"{option} {path}: no such directory")
+        if self.save_table is not None:
+            needed("polars")
+        if self.plot is not None:
+            from tierkv.sim.show import pyplot
 
+            pyplot()
 
-def _write(result: Study, out: Path | None, save_table: Path | None, plot: Path | None) -> None:
-    from tierkv.sim import show
+    def write(self, result: Study) -> None:
+        """Write all, and say so on stderr."""
+        from tierkv.sim import show
 
-    if out is not None:
-        from tierkv.sim.report import write_report
+        if self.out is not None:
+            from tierkv.sim.report import write_report
 
-        write_report(result, out)
-        typer.echo(f"{out}: written", err=True)
-    if save_table is not None:
-        show.save_table(result, save_table)
-        typer.echo(f"{save_table}: written", err=True)
-    if plot is not None:
-        show.save_plot(result, plot)
-        typer.echo(f"{plot}: written", err=True)
+            write_report(result, self.out)
+        if self.save_table is not None:
+            show.save_table(result, self.save_table)
+        if self.plot is not None:
+            show.save_plot(result, self.plot)
+        for path in filter(None, (self.out, self.save_table, self.plot)):
+            typer.echo(f"{path}: written", err=True)
 
 
 @contextmanager

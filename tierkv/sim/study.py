@@ -12,12 +12,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tierkv.core.errors import ConfigError
+from tierkv.plan.policies.base import EvictionPolicy
 from tierkv.sim.replay import replay
 from tierkv.sim.summary import known_blocks
 from tierkv.sim.sweep import ADAPTIVE, BASE, OPTIMUM, Cell, gap_closed, run_cell
@@ -122,9 +123,9 @@ def hits_of(trace: Trace, kind: Kind, capacity: int, *, hints: bool = False) -> 
         return run_cell(trace, kind.name, capacity, hints=hints)
     policy, (path, _) = load_policy(kind.program), split_program(kind.program)
     try:
-        made = Checked(policy(capacity))
-        found = replay(made, trace.starts, trace.blocks, capacity, trace.arrival_ns)  # type: ignore[arg-type]
-    except Exception as error:  # noqa: BLE001 - whatever a user's program raises is its message
+        made = cast("EvictionPolicy", Checked(policy(capacity)))
+        found = replay(made, trace.starts, trace.blocks, capacity, trace.arrival_ns)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a user's program raises is its message
         raise ConfigError(told(path, error)) from None
     tokens = found.prefix_hits.astype(np.int64) * trace.block_tokens
     return Cell(kind.name, capacity, np.minimum(tokens, trace.input_tokens))
