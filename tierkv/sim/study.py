@@ -125,7 +125,7 @@ def hits_of(trace: Trace, kind: Kind, capacity: int, *, hints: bool = False) -> 
     try:
         made = cast("EvictionPolicy", Checked(policy(capacity)))
         found = replay(made, trace.starts, trace.blocks, capacity, trace.arrival_ns)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a user's program raises is its message
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the program's own
         raise ConfigError(told(path, error)) from None
     tokens = found.prefix_hits.astype(np.int64) * trace.block_tokens
     return Cell(kind.name, capacity, np.minimum(tokens, trace.input_tokens))
