@@ -84,6 +84,7 @@ def test_the_report_has_every_figure_without_a_script(study: Study) -> None:
     for row in study.rows():
         assert f"<td>{100 * row.hit:.2f}</td>" in page
     assert page.count('<th scope="row">') == 9
+    assert page.count('<th scope="rowgroup"') == 3
     for word in (study.trace.name, "fitted to the agent sessions", __version__, "seed=1"):
         assert word in page
 

@@ -128,12 +128,18 @@ def _facts(study: Study) -> str:
 
 
 def _rows(study: Study) -> str:
-    lines = []
+    """The table's bodies, one for each size."""
+    bodies: dict[str, list[str]] = {}
     for row in study.rows():
         numbers = "".join(
             f"<td>{percent(value).replace('-', MINUS)}</td>"
             for value in (row.hit, row.lru, row.optimum, row.gap)
         )
-        size = f'<th scope="row">{escape(size_words(row.size))}</th>'
-        lines.append(f"<tr>{size}<td>{escape(row.policy)}</td>{numbers}</tr>")
-    return "\n".join(lines)
+        line = f'<tr><th scope="row">{escape(row.policy)}</th>{numbers}</tr>'
+        bodies.setdefault(size_words(row.size), []).append(line)
+    return "\n".join(
+        f'<tbody><tr><th scope="rowgroup" colspan="5">{escape(size)}</th></tr>\n'
+        + "\n".join(lines)
+        + "</tbody>"
+        for size, lines in bodies.items()
+    )
