@@ -22,22 +22,27 @@ def blocks(language: str) -> list[str]:
 
 SHELL = [line for block in blocks("sh") for line in block.splitlines()]
 COMMANDS = [line for line in SHELL if line.startswith(("tierkv config ", "tierkv doctor"))]
+SIMULATIONS = [line for line in SHELL if line.startswith("tierkv sim")]
 TARGETS = [line.split()[1] for line in SHELL if line.startswith("make ")]
 PYTHON = blocks("python")
 STORE_EXAMPLES = [example for example in PYTHON if "Store.open" in example]
 
 
-def run(arguments: list[str], home: Path) -> None:
+def run(arguments: list[str], home: Path, folder: Path = ROOT, timeout_s: int = 60) -> None:
     # An empty home: what a developer's own cache directory looks like is not tested here.
-    environment = os.environ | {"HOME": str(home), "PYTHONUSERBASE": site.getuserbase()}
+    environment = os.environ | {
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUSERBASE": site.getuserbase(),
+    }
     done = subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -54,6 +59,7 @@ def public_names(module: str) -> set[str]:
 
 def test_the_readme_shows_commands_targets_and_examples() -> None:
     assert COMMANDS
+    assert SIMULATIONS
     assert TARGETS
     assert len(STORE_EXAMPLES) == 1
 
@@ -61,6 +67,13 @@ def test_the_readme_shows_commands_targets_and_examples() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_ends_well(command: str, tmp_path: Path) -> None:
     run(["-m", "tierkv.cli", *command.split()[1:]], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SIMULATIONS)
+def test_a_simulation_of_the_readme_ends_well(command: str, tmp_path: Path) -> None:
+    # What it writes lies in a folder of its own; the first one may have to compile.
+    run(["-m", "tierkv.cli", *command.split()[1:]], tmp_path, tmp_path, timeout_s=240)
 
 
 @pytest.mark.parametrize("example", STORE_EXAMPLES)

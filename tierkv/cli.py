@@ -28,6 +28,7 @@ from tierkv.core.models import model_geometry
 from tierkv.core.registry import known_name
 from tierkv.doctor import Finding, State, examine
 from tierkv.sim.commands import trace_app
+from tierkv.sim.sim_command import sim
 from tierkv.upkeep import DrillKind
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Check, show and describe configuration files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(trace_app, name="trace")
+app.command()(sim)
 
 ConfigFile: TypeAlias = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file.")]
 ColdDirectory: TypeAlias = Annotated[
