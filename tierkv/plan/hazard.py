@@ -152,15 +152,18 @@ def used(model: Model, segment: int, levels: NDArray[np.uint8], bin_: int, weigh
 def fit(model: Model, keep: float) -> None:
     """Let what was seen fade to `keep` of it, and make effects and baselines of it."""
     edges, bins = model.edges, len(model.edges) - 1
-    model.events[:] *= keep
-    model.risk[:] *= keep
-    model.level_events[:] *= keep
-    model.level_risk[:] *= keep
+    _fade(model.events.ravel(), keep)
+    _fade(model.risk.ravel(), keep)
+    _fade(model.level_events.ravel(), keep)
+    _fade(model.level_risk.ravel(), keep)
     one = model.weights[0] / model.weights[1]  # the weight of a usual group
     all_, fall = np.empty(bins), _FALL
     for k in range(bins):
         width = math.log((edges[k + 1] + 1.0) / (edges[k] + 1.0))
-        events, risk = model.events[:, k].sum(), model.risk[:, k].sum()
+        events = risk = 0.0
+        for segment in range(SEGMENTS):
+            events += model.events[segment, k]
+            risk += model.risk[segment, k]
         lean = _LEAN_ALL * one
         all_[k] = (events + lean * (1.0 - math.exp(-fall * width))) / (risk + lean)
         if edges[k] >= _FALL_FROM_S:
@@ -176,6 +179,12 @@ def fit(model: Model, keep: float) -> None:
             found = _RUN_DECAY * found + events
             expected = _RUN_DECAY * expected + risk * all_[k]
         _fit_levels(model, segment, one)
+
+
+@compiled
+def _fade(counts: Floats, keep: float) -> None:
+    for at in range(len(counts)):  # a loop, as numba compiles an array's `*=` for seconds
+        counts[at] *= keep
 
 
 @compiled
