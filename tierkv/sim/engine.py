@@ -42,7 +42,7 @@ _UP: Final = (TierId.HOST, TierId.DEVICE)
 _DOWN: Final = (TierId.DEVICE, TierId.HOST)
 _READ: Final = (TierId.COLD, TierId.HOST)
 _SPACE: Final = "default"
-#: How often a read asks again for memory that transfers may free.
+#: How often a read, or a put, asks in vain for memory that transfers may free.
 _TRIES_MAX: Final = 8
 
 
@@ -53,10 +53,11 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is long. hint_error: how wrong pauses are told: the standard deviation of their logarithm.
     lookahead: so many waiting requests are told with PREFETCH. recompute: compute what takes longer
     to load. answers: put what decoding made. closed: a session's next request is sent its pause
-    after the answer before it, instead of when the trace says.
+    after the answer before it, instead of when the trace says. pins: what was read last stays
+    leased until the answer ends; else only until it is copied, as `Store.get` does it.
     """
 
-    slots: Annotated[int, msgspec.Meta(ge=1)] = 64
+    slots: Annotated[int, msgspec.Meta(ge=1)] = 16
     hints: bool = False
     hint_error: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     demote_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
@@ -65,6 +66,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recompute: bool = True
     answers: bool = True
     closed: bool = False
+    pins: bool = True
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
@@ -139,7 +141,7 @@ class Engine:
         for number, at_ns in enumerate(self._arrival):
             if number not in sent:
                 self.loop.post(at_ns, self._arrive, number)
-        self.loop.run(lambda: self.record.look(self.loop.now_ns), self.record.step_ns)
+        self.loop.run(lambda: self.record.look(self.loop.now_ns))
         return self.record.outcome(self.carrier)
 
     # ---- waiting
@@ -264,6 +266,8 @@ class Engine:
         if delivered < running.granted or running.read >= running.wanted:
             if running.pieces > 1:
                 self.carrier.handle(ev.Touch(running.keys[: running.read]))
+            if not self._settings.pins:
+                self._release(running)
             self._to_gpu(running)
             return
         self._release(running)
@@ -283,6 +287,10 @@ class Engine:
             stalled, self._stalled = self._stalled, []
             for running in stalled:
                 self._acquire(running)
+        self._put_again()
+
+    def _put_again(self) -> None:
+        """Something has moved: what found no room may find it now."""
         if self._short:
             short, self._short = self._short, []
             for running in short:
@@ -308,6 +316,7 @@ class Engine:
     def _prefill_ended(self, running: Running) -> None:
         number = running.number
         self.record.first_token_ns[number] = self.loop.now_ns
+        running.tries = 0
         self._put(running, running.read)
         self._gpu_idle = True
         self._prefill_next()
@@ -325,9 +334,11 @@ class Engine:
             out = self.carrier.handle(ev.Put(running.keys, first, _SPACE))
             self._fill(out)
             last = out[-1] if out else None
-            if isinstance(last, ev.Short) and last.waits:
+            if isinstance(last, ev.Short) and (last.waits or self.planner.tickets):
                 running.unplaced = first + last.index
-                self._short.append(running)
+                running.tries = 0 if last.index else running.tries + 1
+                if running.tries < _TRIES_MAX:
+                    self._short.append(running)
 
     def _fill(self, out: list[ev.AnyInstruction]) -> None:
         """Write what `Fill`s ask for: to host memory over the link, in HBM at once."""
@@ -343,6 +354,7 @@ class Engine:
     def _store(self, blocks: int, filled: ev.Filled) -> None:
         def ended(_job: Job) -> None:
             self.carrier.handle(filled)
+            self._put_again()
 
         self.carrier.submit(_DOWN, blocks, Urgency.DEMAND, ended)
 

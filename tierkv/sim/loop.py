@@ -22,15 +22,14 @@ class Loop:
         heapq.heappush(self._heap, (at_ns, self._number, act, what))
         self._number += 1
 
-    def run(self, look: Callable[[], None], step_ns: int) -> None:
-        """Until nothing is left; `look` is called at every multiple of `step_ns` on the way."""
+    def run(self, look: Callable[[], int]) -> None:
+        """Until nothing is left; `look` is called on the way, and says when it wants the next."""
         heap, pop, next_look = self._heap, heapq.heappop, 0
         while heap:
             at_ns, _, act, what = pop(heap)
             while next_look < at_ns:
                 self.now_ns = next_look
-                look()
-                next_look += step_ns
+                next_look = look()
             self.now_ns = at_ns
             act(what)
         look()

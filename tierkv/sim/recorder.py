@@ -15,8 +15,8 @@ from tierkv.sim.outcome import Moved, Outcome, Timeline, Times
 from tierkv.sim.stack import NAMES, Tiers
 from tierkv.sim.trace import Trace
 
-#: So many samples are taken until the last arrival, and more after it.
-_SAMPLES: Final = 200
+#: At most so many samples are kept: when there are more, every second one goes.
+_SAMPLES_MAX: Final = 512
 _LABELS: Final = {tier: name for name, tier in NAMES.items()}
 
 
@@ -31,7 +31,7 @@ class Recorder:
             [-1] * n for _ in range(4)
         )
         self.block_events = 0
-        self.step_ns = max(1, trace.duration_ns // _SAMPLES)
+        self._step_ns = max(1, trace.duration_ns // (_SAMPLES_MAX - 2))
         self._computed = [0] * n
         self._hits = {tier: [0] * n for tier in planner.tables}
         self._trace = trace
@@ -83,11 +83,15 @@ class Recorder:
         if not self._at_work:
             self._gpu_ns += now_ns - self._busy_since_ns
 
-    def look(self, now_ns: int) -> None:
-        """Take a sample."""
+    def look(self, now_ns: int) -> int:
+        """Take a sample; gives the time of the next."""
         pages = [len(table.pool.owner) for table in self._planner.tables.values()]
         hits = self._read_tokens.values()
         self._samples.append((now_ns, self._begun_tokens, *pages, *hits))
+        if len(self._samples) > _SAMPLES_MAX:
+            del self._samples[1:-1:2]
+            self._step_ns *= 2
+        return now_ns - now_ns % self._step_ns + self._step_ns
 
     def outcome(self, carrier: Carrier) -> Outcome:
         """All requests have ended, and all transfers."""
