@@ -229,7 +229,9 @@ def test_a_slower_link_lowers_no_ttft(chains: list[list[int]], slower: float) ->
 def conversations(turns: int = 12, sessions: int = 10) -> Trace:
     """Sessions in turn, each of which goes on 100 seconds later, longer than before."""
     chains = [
-        [session, *range(100, 104 + 4 * turn)] for turn in range(turns) for session in range(sessions)
+        [session, *range(100, 104 + 4 * turn)]
+        for turn in range(turns)
+        for session in range(sessions)
     ]
     return trace_of(chains, 10 * SECOND, output=32, pause_ns=90 * SECOND, sessions=sessions)
 
@@ -248,9 +250,7 @@ def test_hints_bring_blocks_in_time_where_pauses_are_known() -> None:
 
 def test_waiting_requests_are_fetched_ahead() -> None:
     trace, tiers = conversations(), sizes(150, 2000)
-    costs = msgspec.structs.replace(
-        ROOFLINE, cold_to_host=Link(2e8, 1e-4), weights_seconds=0.4
-    )
+    costs = msgspec.structs.replace(ROOFLINE, cold_to_host=Link(2e8, 1e-4), weights_seconds=0.4)
     how = EngineSettings(slots=1, recompute=False)
     told = run(trace, tiers, costs, how=msgspec.structs.replace(how, lookahead=2))
 

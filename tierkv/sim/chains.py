@@ -35,9 +35,7 @@ class Chains:
     def of(self, request: int) -> list[bytes]:
         """The keys of a request's whole blocks."""
         start = self._starts[request]
-        found: list[bytes] = self._keys[
-            self._blocks[start : start + self.counts[request]]
-        ].tolist()
+        found: list[bytes] = self._keys[self._blocks[start : start + self.counts[request]]].tolist()
         return found
 
     def with_answer(self, request: int) -> list[bytes]:

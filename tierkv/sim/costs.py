@@ -181,7 +181,9 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         reading = self.weights_seconds + self.decode_seconds_per_context_token * context_tokens
         return max(compute, reading)
 
-    def decode_joules(self, tokens: int, batch: int, context_tokens: int, token_bytes: int) -> float:
+    def decode_joules(
+        self, tokens: int, batch: int, context_tokens: int, token_bytes: int
+    ) -> float:
         """`tokens` tokens of one request that is decoded beside others."""
         weights = self.flops_per_token / 2 * _WEIGHT_BYTES / batch
         read = weights + context_tokens * token_bytes * self.gpus
@@ -204,7 +206,8 @@ def _decoded(path: Path) -> dict[str, object]:
     if path.suffix == ".json":
         found: object = msgspec.json.decode(path.read_bytes())
     else:
-        from ruamel.yaml import YAML, YAMLError
+        from ruamel.yaml import YAML
+        from ruamel.yaml.error import YAMLError
 
         try:
             found = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Timeline:
-    """Samples at equal steps, and the end. `pages_used` and `hit_tokens` by tier, `hit_tokens` since the start.
+    """Samples at equal steps, and the end; tokens count from the start.
 
     at_ns, input_tokens: (k,).  pages_used, hit_tokens: (k,) for each tier.
     """

@@ -64,8 +64,7 @@ class Recorder:
         self._begun_tokens += self._input[number]
         context = self._input[number] - computed
         self._joules += self._costs.prefill_joules(computed, context)
-        took = round(self._costs.prefill_seconds(computed, context) * SECOND_NS)
-        return took
+        return round(self._costs.prefill_seconds(computed, context) * SECOND_NS)
 
     def decoded(self, output: int, batch: int, context: int, batch_context: int) -> int:
         """A request decodes `output` tokens beside others; gives how long that takes, in ns."""

@@ -83,9 +83,7 @@ class Tiers:
                 )
             blocks = 1 if tier is TierId.DEVICE else plan.warm_page_blocks
             tiers[tier] = TierPlan(capacity // unit, blocks, _policy(by_name.get(name, "lru")))
-        return PlanSpec(
-            tiers, [NamespaceSpec("default", _ROOT)], block_tokens, plan.block_bytes
-        )
+        return PlanSpec(tiers, [NamespaceSpec("default", _ROOT)], block_tokens, plan.block_bytes)
 
 
 def _policy(name: str) -> str:
