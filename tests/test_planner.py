@@ -12,7 +12,8 @@ from tierkv.core.tier import TierId
 from tierkv.core.transfer import Outcome, Urgency
 from tierkv.plan import events as ev
 from tierkv.plan.event_log import entry_line, head_line, replay
-from tierkv.plan.planner import Located, Planner
+from tierkv.plan.leases import Located
+from tierkv.plan.planner import Planner
 from tierkv.plan.spec import NamespaceSpec, PlanSpec, TierPlan
 
 CHAINS = {

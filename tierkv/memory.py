@@ -16,7 +16,7 @@ from tierkv.core.errors import GeometryMismatch
 from tierkv.core.geometry import PagePlan
 from tierkv.core.tier import Span, TierId
 from tierkv.plan.events import Fill
-from tierkv.plan.planner import Located
+from tierkv.plan.leases import Located
 from tierkv.tiers.device import DeviceTier
 from tierkv.tiers.host import HostTier
 

@@ -19,7 +19,7 @@ from tierkv.core.keys import BlockKey
 from tierkv.core.tier import TierId
 from tierkv.memory import Bytes, Memory, Rows
 from tierkv.plan import events as ev
-from tierkv.plan.planner import Located
+from tierkv.plan.leases import Located
 from tierkv.runtime import Runtime
 
 

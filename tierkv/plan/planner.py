@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from tierkv.core.keys import BlockKey
 from tierkv.core.stats import Stats
-from tierkv.core.tier import Span, TierId
+from tierkv.core.tier import TierId
 from tierkv.core.transfer import Urgency
 from tierkv.plan import events as ev
 from tierkv.plan.hints import Hints
+from tierkv.plan.leases import LeaseRecord, Located, located
 from tierkv.plan.movement import Movement
 from tierkv.plan.radix import RadixIndex
 from tierkv.plan.recovery import take_over
@@ -31,16 +31,6 @@ from tierkv.plan.residency import NO_PLACE
 from tierkv.plan.room import Out
 from tierkv.plan.spec import PlanSpec
 from tierkv.plan.watch import Watch
-
-#: The fastest tier that can serve each block first.
-_MEMORY = (TierId.DEVICE, TierId.HOST)
-
-
-class Located(NamedTuple):
-    """Consecutive blocks of a lease that lie in one tier; spans count from the lease's start."""
-
-    tier: TierId
-    spans: list[Span]
 
 
 @dataclass(slots=True)
@@ -50,17 +40,6 @@ class Ticket:
     tier: TierId
     blocks: Sequence[int]
     pages: list[int]
-
-
-@dataclass(slots=True)
-class LeaseRecord:
-    """Blocks handed to a reader, their keys, and every pin taken for it."""
-
-    blocks: list[int]
-    keys: Sequence[BlockKey]
-    pins: list[tuple[TierId, int]]
-    namespace: str
-    ready: list[Located] | None = None
 
 
 @dataclass(slots=True)
@@ -134,16 +113,22 @@ class Planner:
             if min(map(ready.__getitem__, ids)) >= 0:  # the usual case, one look-up a block
                 counts[TierId.HOST] = len(ids)
                 return counts
+        tables = list(self.tables.items())
         for block in ids:
-            tier = self.tier_of(block)
-            if tier is None:
+            for tier, table in tables:
+                if table.ready[block] >= 0:
+                    counts[tier] += 1
+                    break
+            else:
                 break
-            counts[tier] += 1
         return counts
 
     def tier_of(self, block: int) -> TierId | None:
         """The fastest tier from which a block may be read."""
-        return next((t for t in self.tables if self.tables[t].ready[block] >= 0), None)
+        for tier, table in self.tables.items():
+            if table.ready[block] >= 0:
+                return tier
+        return None
 
     def located(self, lease: int) -> list[Located]:
         """Where the leased blocks are, in order, up to the first that did not arrive.
@@ -152,40 +137,7 @@ class Planner:
         And a block that did not arrive may be forgotten by now, its id given to another.
         """
         record = self.leases[lease]
-        if record.ready is not None:
-            return record.ready
-        pinned = set(record.pins)
-        found: list[Located] = []
-        places: list[int] = []
-        current: TierId | None = None
-        start = 0
-        for number, (block, key) in enumerate(zip(record.blocks, record.keys, strict=False)):
-            tier = None
-            if self.index.names(block, key):
-                tier = next((t for t in _MEMORY if self._is_pinned(t, block, pinned)), None)
-            if tier != current or tier is None:
-                if current is not None:
-                    found.append(self._locate(current, places, start))
-                if tier is None:
-                    return found
-                current, places, start = tier, [], number
-            places.append(self._ready(tier, block))
-        if current is not None:
-            found.append(self._locate(current, places, start))
-        return found
-
-    def _locate(self, tier: TierId, places: list[int], start: int) -> Located:
-        spans = self.tables[tier].spans_of(places)
-        return Located(tier, [s._replace(index=s.index + start) for s in spans] if start else spans)
-
-    def _is_pinned(self, tier: TierId, block: int, pinned: set[tuple[TierId, int]]) -> bool:
-        """Whether a block is readable in a tier, in one of these pages."""
-        place = self._ready(tier, block)
-        return place >= 0 and (tier, place // self.tables[tier].page_blocks) in pinned
-
-    def _ready(self, tier: TierId, block: int) -> int:
-        table = self.tables.get(tier)
-        return NO_PLACE if table is None else table.ready[block]
+        return located(record, self.index, self.tables) if record.ready is None else record.ready
 
     # ---- putting
 
@@ -325,11 +277,19 @@ class Planner:
         """Pin what is in memory or on its way there, and list the cold pages that are not."""
         wish = _Wish(LeaseRecord([], keys, [], namespace))
         host, size = self._host, self._host.page_blocks
+        tables, sources = list(self.tables.items()), wish.sources
+        pins = wish.record.pins
         for block in blocks:
-            tier = self.tier_of(block)
-            if tier is not None and tier in _MEMORY:
-                page = self.tables[tier].ready[block] // self.tables[tier].page_blocks
-                self._pin(wish.record, tier, page)
+            at, tier = NO_PLACE, None
+            for fastest, table in tables:
+                at = table.ready[block]
+                if at >= 0:
+                    tier = fastest
+                    break
+            if tier is not None and tier is not TierId.COLD:
+                page = at // table.page_blocks
+                table.pins[page] += 1
+                pins.append((tier, page))
             elif host.place[block] >= 0:
                 flight = self._arrival(host.place[block] // size)
                 if flight is None:
@@ -338,11 +298,11 @@ class Planner:
                 wish.waits[flight] = None
                 self._pin(wish.record, TierId.HOST, host.place[block] // size)
             elif tier is TierId.COLD:
-                wish.cold_pages[self.tables[tier].ready[block] // size] = None
+                wish.cold_pages[at // size] = None
             else:
                 break
-            wish.record.blocks.append(block)
-            wish.sources.append(tier)
+            sources.append(tier)
+        wish.record.blocks += blocks[: len(sources)]
         return wish
 
     def _pin_arriving(self, wish: _Wish) -> int:

@@ -16,6 +16,11 @@ class Prefetches:
     def __bool__(self) -> bool:
         return bool(self._blocks)
 
+    @property
+    def held_bytes(self) -> int:
+        """What was brought, and is neither used nor gone yet."""
+        return sum(self._blocks.values()) * self._block_bytes
+
     def began(self, page: int, blocks: int) -> None:
         """A prefetch of so many blocks into a page has begun."""
         self._blocks[page] = blocks
