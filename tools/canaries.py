@@ -163,9 +163,9 @@ CANARIES = (
     ),
     Canary(
         "a lease reads where it has not pinned",
-        "tierkv/plan/planner.py",
-        "        return place >= 0 and (tier, place // self.tables[tier].page_blocks) in pinned\n",
-        "        return place >= 0\n",
+        "tierkv/plan/leases.py",
+        "                if at >= 0 and at // table.page_blocks in pages:\n",
+        "                if at >= 0:\n",
         Drill("interleavings", 1_000, seeds=10),
     ),
     Canary(
